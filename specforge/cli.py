@@ -1,0 +1,118 @@
+"""The command line: parse, call the pipeline, print. Flags are made from the settings classes; torch is not imported."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from specforge import __version__, config
+from specforge.console import console, is_main_rank
+from specforge.errors import SpecforgeError
+
+app = typer.Typer(
+    help="Train EAGLE-3 draft models on the hidden states of the engine that will serve them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """What typer can parse: `X | None` becomes X, a tuple of ints a string of numbers."""
+    inner = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if type(None) in get_args(annotation):
+        annotation = inner[0]
+    if get_origin(annotation) is tuple:
+        return str
+    return annotation
+
+
+def _add_command(name: str, settings: type[config.Settings]) -> None:
+    """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override."""
+
+    def run(**given: Any) -> None:
+        debug, file = given.pop("debug"), given.pop("config")
+        flags = {key: value for key, value in given.items() if value is not None}
+        if isinstance(flags.get("aux_layers"), str):
+            flags["aux_layers"] = tuple(flags["aux_layers"].replace(",", " ").split())
+        raise typer.Exit(execute(name, settings, flags, file, debug))
+
+    parameters = []
+    for key, field in settings.model_fields.items():
+        flag = "--" + key.replace("_", "-")
+        is_switch = field.annotation is bool
+        declaration = f"{flag}/--no-{flag[2:]}" if is_switch and field.default is True else flag
+        help_text = field.description or ""
+        if field.is_required():
+            help_text += " [required]"
+        elif field.default not in (None, False):
+            help_text += f" [default: {field.default}]"
+        option = typer.Option(declaration, help=help_text, show_default=False)
+        parameters.append(_parameter(key, Annotated[_flag_type(field.annotation) | None, option]))
+    parameters.append(_parameter("config", Annotated[Path | None, typer.Option(help="settings as YAML")]))
+    parameters.append(_parameter("debug", Annotated[bool, typer.Option("--debug", help="show tracebacks")], False))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app.command(name, help=settings.__doc__)(run)
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def execute(
+    command: str, settings: type[config.Settings], given: dict[str, Any], file: Path | None = None, debug: bool = False
+) -> int:
+    """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2."""
+    try:
+        chosen = config.load(settings, given, file)
+        from specforge import pipeline
+
+        return int(getattr(pipeline, command.replace("-", "_"))(chosen) or 0)
+    except SpecforgeError as error:
+        return _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        return _fail("stopped by hand; the same command goes on from what was committed", 130, debug=False)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if is_main_rank() or os.environ.get("SPECFORGE_SAY_ERRORS") == "all":
+        console.print("[bold red]error[/] ", end="")
+        console.print(message, markup=False)
+        if debug:
+            console.print(traceback.format_exc(), markup=False)
+    return code
+
+
+for _name, _settings in {
+    "prepare-data": config.PrepareDataSettings,
+    "regenerate": config.RegenerateSettings,
+    "prepare-hidden": config.PrepareHiddenSettings,
+    "train": config.TrainSettings,
+    "benchmark": config.BenchmarkSettings,
+    "demo": config.DemoSettings,
+    "doctor": config.DoctorSettings,
+}.items():
+    _add_command(_name, _settings)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    sys.exit(app(standalone_mode=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Every setting, once: name, type, default and help. The command line and YAML files fill these same classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from specforge.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class EngineSettings(Settings):
+    """How the target runs."""
+
+    model_path: str | None = Field(None, description="the target: a folder, or a hub name")
+    engine: Literal["auto", "sglang", "hf"] = Field("auto", description="auto: SGLang wherever it imports")
+    tp_size: int = Field(1, ge=1, description="ranks that share one copy of the target")
+    mem_frac: float = Field(0.75, gt=0, lt=1, description="share of each GPU's memory for the target and its cache")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as stored")
+    aux_layers: tuple[int, ...] | None = Field(
+        None, description="three layer ids, id k = output of layer k (default: 1, N//2-1, N-4)"
+    )
+    tokens_per_batch: int = Field(8192, ge=1, description="most tokens in one forward pass of the target")
+    trust_remote_code: bool = Field(False, description="run code that comes with the target")
+
+
+class DataSettings(Settings):
+    """How conversations become tokens and masks."""
+
+    max_length: int = Field(2048, ge=8, description="tokens; longer conversations are cut at the end")
+    chat_template: str | None = Field(None, description="a Jinja file (default: the target's own template)")
+
+
+class PrepareDataSettings(DataSettings):
+    """Conversations in, exact tokens and loss masks out, split into train and test."""
+
+    dataset: str = Field(..., description="a JSONL file of conversations")
+    model_path: str = Field(..., description="the target, for its tokenizer and chat template")
+    output: Path = Field(Path("cache/dataset/prepared"), description="folder for train.jsonl and test.jsonl")
+    test_share: float = Field(0.05, gt=0, lt=1, description="share of the prompts held out")
+    seed: int = Field(0, description="chooses the held-out prompts")
+    trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
+
+
+class PrepareHiddenSettings(EngineSettings, DataSettings):
+    """The target's hidden states for every token, into a store."""
+
+    model_path: str = Field(..., description="the target: a folder, or a hub name")
+    data: Path = Field(Path("cache/dataset/prepared"), description="a prepared folder, or a JSONL file")
+    output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
+    num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
+    shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
+
+
+class TrainSettings(EngineSettings, DataSettings):
+    """Train a draft, from a store (--features) or with the live target (--online)."""
+
+    features: Path | None = Field(None, description="folder that prepare-hidden wrote")
+    online: bool = Field(False, description="capture from the live target while training; nothing goes to disk")
+    data: Path = Field(Path("cache/dataset/prepared"), description="with --online: a prepared folder or JSONL file")
+    output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
+    deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
+    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
+    draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
+    steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
+    step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
+    epochs: int = Field(10, ge=1)
+    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
+    rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    max_grad_norm: float = Field(0.5, gt=0)
+    seed: int = 0
+    save_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints (and at each epoch's end)")
+    keep: int = Field(2, ge=1, description="checkpoints to keep besides the best draft")
+    resume: bool = Field(True, description="go on from the newest checkpoint in the output folder")
+
+
+class BenchmarkSettings(EngineSettings, DataSettings):
+    """Acceptance length of a draft: teacher-forced on held-out text, and by real decoding."""
+
+    model_path: str = Field(..., description="the target: a folder, or a hub name")
+    draft: Path = Field(..., description="draft folder")
+    features: Path | None = Field(None, description="store of held-out features (prepare-hidden's folder)")
+    data: Path | None = Field(None, description="held-out conversations, for prompts (and features, without a store)")
+    output: Path | None = Field(None, description="JSON file for the result")
+    steps: int = Field(7, ge=1, le=16, description="draft tokens for each pass of the target")
+    num_prompts: int = Field(20, ge=0, description="prompts for real decoding; 0 leaves it out")
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class RegenerateSettings(EngineSettings):
+    """Let the target answer each first user turn itself, greedily."""
+
+    model_path: str = Field(..., description="the target: a folder, or a hub name")
+    prompts: Path = Field(..., description="JSONL of conversations; the first user turn of each is the prompt")
+    output: Path = Field(..., description="JSONL of conversations with the target's own answers")
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1, description="prompts answered at once")
+
+
+class DemoSettings(Settings):
+    """The whole way on a small real model, on a laptop."""
+
+    output: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
+    online: bool = Field(False, description="train with the live target; no features on disk")
+    epochs: int = Field(10, ge=1)
+    fresh: bool = Field(True, description="start anew (else go on where an earlier demo was)")
+
+
+class DoctorSettings(Settings):
+    """What is installed, what is missing, and the one command that mends each finding."""
+
+
+def load(settings: type[Settings], given: dict[str, Any], file: Path | None = None) -> Any:
+    """The settings from a YAML file, overridden by what was given by hand. ConfigError names each bad key."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"the settings file cannot be read: {error}", where=str(file), fix="give a YAML file of KEY: VALUE lines"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError("the settings file is no mapping", where=str(file), fix="write KEY: VALUE lines")
+    try:
+        return settings(**(values | given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        where = f"{file}, key '{name}'" if name in values and name not in given else f"--{name.replace('_', '-')}"
+        raise ConfigError(
+            f"{name}: {first['msg'].lower()}" + (f", got {first['input']!r}" if first["type"] != "missing" else ""),
+            where=where,
+            fix="see --help for names and ranges",
+        ) from error

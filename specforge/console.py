@@ -1,0 +1,71 @@
+"""What the user sees: rich output of rank 0 on the real terminal, everything the engines say in a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+console = Console(highlight=False, soft_wrap=True)
+
+
+def is_main_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    """Print on rank 0."""
+    if is_main_rank():
+        console.print(message)
+
+
+def quiet(log_file: Path) -> None:
+    """Send what libraries print (file descriptors 1 and 2, so C++ too) to `log_file`; ours stays on the terminal."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if console.file is sys.stdout:
+        console.file = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    with open(log_file, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
+    """A live bar with count, rate and time left; one plain line at the end where the output is no terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit + "  {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=not console.is_terminal,
+        disable=not is_main_rank(),
+    )
+    with bar:
+        bar.add_task(title, total=total, rate="")
+        yield bar
+
+
+def advance(bar: Progress, amount: int, note: str = "") -> None:
+    """Move the only task of `bar` on; `note` stands behind the count (default: units a second)."""
+    task = bar.tasks[0]
+    bar.update(task.id, advance=amount, rate=note or (f"{task.speed:,.0f}/s" if task.speed else ""))
+
+
+def tracked(items: Iterable[Item], title: str, total: int, unit: str) -> Iterator[Item]:
+    with progress(title, total, unit) as bar:
+        for item in items:
+            yield item
+            advance(bar, 1)

@@ -1,0 +1,105 @@
+"""A prepared data folder: train.jsonl and test.jsonl of exact tokens, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from specforge.data.formats import ReadReport, read_rows, to_conversation
+from specforge.data.tokenize import ChatTokenizer, require_supervised
+from specforge.errors import DataError
+from specforge.records import Conversation, Example
+
+
+HOLD_OUT_EVERY = 20
+
+
+def example_row(example: Example, conversation: Conversation) -> dict[str, Any]:
+    return {
+        "id": conversation.id,
+        "input_ids": example.token_ids.tolist(),
+        "loss_mask": example.loss_mask.astype(int).tolist(),
+    }
+
+
+def tokenize(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, max_length: int, report: ReadReport
+) -> list[tuple[Example, Conversation]]:
+    pairs = []
+    for conversation in conversations:
+        example = tokenizer.example(conversation, len(pairs), max_length)
+        if isinstance(example, str):
+            report.drop(example)
+        else:
+            pairs.append((example, conversation))
+    return pairs
+
+
+def load_examples(path: Path, tokenizer: ChatTokenizer, max_length: int, limit: int | None = None) -> list[Example]:
+    """Examples of a JSONL file whose rows are tokens with masks, preformatted text, or conversations."""
+    report, examples = ReadReport(), list[Example]()
+    for row in read_rows(path, report):
+        if limit is not None and len(examples) == limit:
+            break
+        example = _to_example(row, tokenizer, len(examples), max_length, str(report.rows))
+        if isinstance(example, str):
+            report.drop(example)
+        else:
+            examples.append(example)
+    if not examples:
+        raise DataError(
+            f"no usable conversation among {report.rows} rows ({report.dropped})",
+            where=str(path),
+            fix="each row needs an assistant turn: make the file with `specforge prepare-data`",
+        )
+    require_supervised(examples, str(path))
+    return examples
+
+
+def _to_example(
+    row: dict[str, Any], tokenizer: ChatTokenizer, sample_id: int, max_length: int, default_id: str
+) -> Example | str:
+    if "input_ids" in row:
+        ids, mask = row["input_ids"], row.get("loss_mask")
+        if not isinstance(mask, list) or len(mask) != len(ids) or not ids:
+            return "input_ids without a loss_mask of the same length"
+        if min(ids) < 0 or max(ids) >= len(tokenizer.tokenizer):
+            return "input_ids outside the target's vocabulary"
+        return Example(
+            sample_id=sample_id,
+            token_ids=np.asarray(ids[:max_length], dtype=np.int32),
+            loss_mask=np.asarray(mask[:max_length], dtype=np.bool_),
+        )
+    conversation = to_conversation(row, default_id)
+    return conversation if isinstance(conversation, str) else tokenizer.example(conversation, sample_id, max_length)
+
+
+def load_splits(
+    path: Path, tokenizer: ChatTokenizer, max_length: int, limit: int | None = None
+) -> dict[str, list[Example]]:
+    """{"train": ..., "test": ...} of a prepared folder. Of a single file, every 20th example is held out."""
+    if path.is_dir():
+        names = ("train", "test")
+        return {name: load_examples(path / f"{name}.jsonl", tokenizer, max_length, limit) for name in names}
+    examples = load_examples(path, tokenizer, max_length, limit)
+    held_out = range(min(HOLD_OUT_EVERY, len(examples)) - 1, len(examples), HOLD_OUT_EVERY)
+    train = [example for at, example in enumerate(examples) if at not in held_out]
+    if not train:
+        raise DataError(
+            "one conversation is too little: one must be held out", where=str(path), fix="give at least two"
+        )
+    return {"train": train, "test": [examples[at] for at in held_out]}
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """Of all tokens and masks in order: what a store or run was made from."""
+    digest = xxhash.xxh3_128()
+    for example in examples:
+        digest.update(np.int64(len(example.token_ids)).tobytes())
+        digest.update(example.token_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""The draft on disk: a folder that SGLang and vLLM load as it is. config.json and model.safetensors, nothing else.
+
+Layer ids stand there twice, once for each server: SGLang's id k is the output of layer k, vLLM's the input of layer k.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.errors import CheckpointError
+from specforge.files import sync_file, sync_folder, write_json
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+def config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
+    rope = dict(config.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.hidden_size,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+        "rope_parameters": rope,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **config.token_ids,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
+            "use_aux_hidden_state": True,
+        },
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in config.aux_layers],
+        "specforge": {"target_fingerprint": config.target_fingerprint},
+    }
+
+
+def tensors(draft: Eagle3Draft, kept_D: Tensor, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The file's tensors: `weights` by their own names, and the draft vocabulary as d2t and t2d."""
+    content = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    missing = set(draft.state_dict()) ^ set(content)
+    if missing:
+        raise AssertionError(f"the draft's tensors are not those of its folder: {sorted(missing)}")
+    kept_D = kept_D.cpu()
+    content["d2t"] = kept_D - torch.arange(len(kept_D))
+    content["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool).index_fill(0, kept_D, True)
+    return content
+
+
+def save(folder: Path, draft: Eagle3Draft, kept_D: Tensor, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Writes the folder beside and renames it, replacing an older one."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file(tensors(draft, kept_D, weights, dtype), beside / "model.safetensors", metadata={"format": "pt"})
+    sync_file(beside / "model.safetensors")
+    write_json(beside / "config.json", config_json(draft.config, dtype))
+    replace_folder(beside, folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`. A kill in between leaves the old one under `.NAME.old`, never a mixture."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
+    """(draft, kept_D). Raises CheckpointError where the folder is not a whole draft in this form."""
+    fix = "give a folder that `specforge train` wrote, such as runs/draft/best"
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=fix) from error
+    try:
+        config = DraftConfig(
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_attention_heads=raw["num_attention_heads"],
+            num_key_value_heads=raw["num_key_value_heads"],
+            head_dim=raw["head_dim"],
+            rms_norm_eps=raw["rms_norm_eps"],
+            vocab_size=raw["vocab_size"],
+            draft_vocab_size=raw["draft_vocab_size"],
+            max_position_embeddings=raw["max_position_embeddings"],
+            rope_parameters=raw["rope_parameters"],
+            aux_layers=tuple(raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+            target_fingerprint=raw.get("specforge", {}).get("target_fingerprint", ""),
+            token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw},
+        )
+        kept_D = content.pop("d2t") + torch.arange(config.draft_vocab_size)
+        content.pop("t2d")
+        draft = Eagle3Draft(config)
+        draft.load_state_dict(content)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the draft's config and tensors do not fit: {str(error)[:300]}", where=str(folder), fix=fix
+        ) from error
+    return draft.to(dtype), kept_D

@@ -1,0 +1,92 @@
+"""One draft step over a packed row: unroll, then the loss of all steps. The module that DeepSpeed wraps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specforge.draft.loss import FusedCrossEntropy
+from specforge.draft.model import Eagle3Draft
+from specforge.draft.unroll import unroll
+from specforge.records import FeatureBatch, TargetHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """loss is the only tensor with a gradient; the rest are sums over this packed row, [steps] each."""
+
+    loss: Tensor  # scalar: sum over i of decay^i * loss_sum[i] / normaliser[i]
+    loss_sum: Tensor  # float32, nats, over the loss rows
+    loss_rows: Tensor  # int64
+    hits: Tensor  # int64, rows whose first guess is the target's
+    rows: Tensor  # int64, rows that count (a teacher outside the draft vocabulary is a miss)
+
+
+class DraftStep(nn.Module):
+    """The draft, the frozen parts of the target that it learns from, and the loss."""
+
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, kept_D: Tensor, steps: int, decay: float) -> None:
+        super().__init__()
+        self.draft = draft
+        self.steps, self.decay = steps, decay
+        draft_id_V = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=kept_D.device)
+        draft_id_V[kept_D] = torch.arange(len(kept_D), device=kept_D.device)
+        # Plain attributes, not buffers: nothing of the target is trained, cast, broadcast or saved.
+        self.frozen = (head, head.head_VH[kept_D].contiguous(), kept_D, draft_id_V)
+
+    @property
+    def kept_D(self) -> Tensor:
+        """[D] the draft vocabulary: target ids, ascending."""
+        return self.frozen[2]
+
+    @property
+    def embedding_VH(self) -> Tensor:
+        return self.frozen[0].embedding_VH
+
+    def no_rows(self) -> Tensor:
+        return torch.zeros(self.steps, dtype=torch.int64, device=self.kept_D.device)
+
+    def loss_rows(self, batch: FeatureBatch) -> Tensor:
+        """[steps] number of loss rows: rows that count and whose teacher's first choice the draft can say. The
+        normalisers are these, summed over all ranks and packed rows of an optimizer step."""
+        draft_id_V = self.frozen[3]
+        known_S = draft_id_V[batch.teacher_top1] >= 0
+        counts = []
+        for i in range(self.steps):
+            rows_R = torch.nonzero(batch.depth > i).squeeze(1)
+            counts.append(known_S[batch.teacher_index[rows_R + 1 + i]].sum())
+        return torch.stack(counts)
+
+    def forward(self, batch: FeatureBatch | None, normaliser: Tensor) -> StepResult:
+        if batch is None:  # a rank without a row takes part in the collectives with a zero gradient
+            zero = torch.stack([parameter.sum() * 0 for parameter in self.parameters()]).sum().float()
+            none = self.no_rows()
+            return StepResult(loss=zero, loss_sum=none.float(), loss_rows=none, hits=none, rows=none)
+        head, teacher_head_DH, kept_D, draft_id_V = self.frozen
+        unrolled = unroll(self.draft, head.embedding_VH, batch, self.steps)
+        step_M = torch.cat([torch.full_like(step.rows_R, i) for i, step in enumerate(unrolled)])
+        teacher_M = torch.cat([step.teacher_R for step in unrolled])
+        hidden_MH = torch.cat([step.hidden_RH for step in unrolled])
+        top1_M = batch.teacher_top1[teacher_M]
+        known_M = torch.nonzero(draft_id_V[top1_M] >= 0).squeeze(1)
+        step_m = step_M[known_M]
+        share_i = self.decay ** torch.arange(self.steps, device=normaliser.device) / normaliser.clamp(min=1)
+        loss, loss_m, best_m = FusedCrossEntropy.apply(
+            self.draft.norm(hidden_MH[known_M]),
+            self.draft.lm_head.weight,
+            batch.last,
+            teacher_head_DH,
+            head,
+            teacher_M[known_M],
+            share_i.float()[step_m],
+        )
+        hit_m = kept_D[best_m] == top1_M[known_M]
+        return StepResult(
+            loss=loss,
+            loss_sum=torch.zeros(self.steps, device=loss.device).index_add_(0, step_m, loss_m),
+            loss_rows=torch.bincount(step_m, minlength=self.steps),
+            hits=torch.bincount(step_m[hit_m], minlength=self.steps),
+            rows=torch.bincount(step_M, minlength=self.steps),
+        )

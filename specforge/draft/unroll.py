@@ -1,0 +1,82 @@
+"""The unrolled training step: what the draft will do when served, step by step, over a whole packed row at once.
+
+    position t            0        1        2        3
+    step 0  feature      fc(a0)   fc(a1)   fc(a2)   fc(a3)
+            embedding    e(x1)    e(x2)    e(x3)    e(x4)
+            predicts     x2       x3       x4       x5       teacher: the target's own logits at t + 1
+    step i  feature      own output of step i - 1, before the final norm
+            embedding    e(x_{t+1+i})
+            predicts     x_{t+2+i}                           teacher: the target's own logits at t + 1 + i
+            position id  t + i
+            attends      step-0 keys of positions <= t, and steps 1..i at its own t
+
+Only rows that count are computed: step i needs rows R_i = {t : depth[t] > i}, nested; step 0 needs keys and values of
+every token, but queries and the MLP only at R_0. This is exact: a row of step i + 1 reads nothing but its own earlier
+steps and the step-0 keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specforge.draft.attention import attend
+from specforge.draft.model import Eagle3Draft
+from specforge.records import FeatureBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnrolledStep:
+    """Step i of the rows that count."""
+
+    rows_R: Tensor  # [R] positions in the packed row, ascending
+    hidden_RH: Tensor  # before the final norm
+    teacher_R: Tensor  # [R] the teacher row (index into the batch's [S, ...] tensors) of each prediction
+
+
+def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int) -> list[UnrolledStep]:
+    """All steps' hidden states; steps in which no row counts are empty."""
+    tokens_T, positions_T, depth_T = batch.token_ids, batch.positions, batch.depth
+    next_token_T = torch.roll(tokens_T, -1)  # of a record's last token it is wrong, and read by no row that counts
+    feature_TH = draft.fc(batch.aux)
+    x_T2H = draft.attention_input(F.embedding(next_token_T, embedding_VH), feature_TH)
+    keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
+
+    rows_R = torch.nonzero(depth_T > 0).squeeze(1)
+    feature_RH, x_R2H = feature_TH[rows_R], x_T2H[rows_R]
+    own_keys: list[Tensor] = []
+    own_values: list[Tensor] = []
+    done = []
+    for i in range(steps):
+        if i > 0:
+            inside_R = torch.nonzero(depth_T[rows_R] > i).squeeze(1)
+            rows_R, feature_RH = rows_R[inside_R], feature_RH[inside_R]
+            x_R2H = draft.attention_input(F.embedding(tokens_T[rows_R + 1 + i], embedding_VH), feature_RH)
+            key_RKE, value_RKE = draft.keys_values(x_R2H, positions_T[rows_R] + i)
+            own_keys = [key[inside_R] for key in own_keys] + [key_RKE]
+            own_values = [value[inside_R] for value in own_values] + [value_RKE]
+        q_RNE = draft.queries(x_R2H, positions_T[rows_R] + i)
+        segments = record_segments(rows_R, batch.lengths)
+        attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, rows_R, segments)
+        feature_RH = draft.finish(feature_RH, attended_RNE)
+        done.append(
+            UnrolledStep(rows_R=rows_R, hidden_RH=feature_RH, teacher_R=batch.teacher_index[rows_R + 1 + i])
+        )
+    return done
+
+
+def record_segments(rows_R: Tensor, lengths: Sequence[int]) -> list[tuple[slice, slice]]:
+    """(slice of rows, slice of tokens) of each record that has rows; the tokens end with the record's last row."""
+    rows, segments, start, first = rows_R.tolist(), [], 0, 0
+    for length in lengths:
+        last = first
+        while last < len(rows) and rows[last] < start + length:
+            last += 1
+        if last > first:
+            segments.append((slice(first, last), slice(start, rows[last - 1] + 1)))
+        start, first = start + length, last
+    return segments

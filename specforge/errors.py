@@ -1,0 +1,39 @@
+"""What can go wrong for a user. Each error says what, where and how to mend; the command then exits with code 2."""
+
+from __future__ import annotations
+
+
+class SpecforgeError(Exception):
+    """A fault that the user can mend.
+
+    what   one sentence: what is wrong
+    where  the file, line, key or flag
+    fix    what to do next
+    """
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  fix:   {self.fix}"
+
+
+class ConfigError(SpecforgeError):
+    """A setting that is wrong, or that contradicts another."""
+
+
+class DataError(SpecforgeError):
+    """Conversations that cannot be read, or from which nothing can be learned."""
+
+
+class EngineError(SpecforgeError):
+    """The target model cannot be loaded or run, or failed its self-check."""
+
+
+class StoreError(SpecforgeError):
+    """A feature store that is damaged, or that belongs to something else."""
+
+
+class CheckpointError(SpecforgeError):
+    """A draft folder or checkpoint that cannot be used."""

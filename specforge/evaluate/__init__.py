@@ -1,0 +1,1 @@
+"""What a draft is worth: teacher-forced acceptance, and real speculative decoding."""

@@ -1,0 +1,67 @@
+"""Where a training run's records come from: a store, or the live engine. Both give the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specforge.features.packing import Row, in_batches
+from specforge.features.store import Store
+from specforge.records import Example, FeatureBatch, FeatureRecord, Ranks, RecordSource, TargetEngine
+
+
+class StoreSource:
+    """RecordSource over a finished store: each rank reads its own rows only."""
+
+    def __init__(self, store: Store, tp_rank: int) -> None:
+        self.lengths, self._store, self._tp_rank = store.lengths, store, tp_rank
+
+    def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
+        for slot in slots:
+            yield [self._store.record(index) for index in slot[self._tp_rank]]
+
+
+class LiveSource:
+    """RecordSource over the live engine: the ranks of a replica capture all its rows together, each keeps its own."""
+
+    def __init__(self, engine: TargetEngine, examples: Sequence[Example], tp_rank: int) -> None:
+        self.lengths: NDArray[np.int64] = np.array([len(example.token_ids) for example in examples], dtype=np.int64)
+        self._engine, self._examples, self._tp_rank = engine, examples, tp_rank
+
+    def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
+        for slot in slots:
+            wanted = [index for row in slot for index in row]
+            lengths = [int(self.lengths[index]) for index in wanted]
+            mine = set(slot[self._tp_rank])
+            captured: dict[int, FeatureRecord] = {}
+            for batch in in_batches(lengths, self._engine.tokens_per_batch):
+                indices = [wanted[at] for at in batch]
+                records = self._engine.capture([self._examples[index] for index in indices])
+                captured.update((i, r) for i, r in zip(indices, records, strict=True) if i in mine)
+            yield [_kept(captured[index]) for index in slot[self._tp_rank]]
+
+
+def held_out_batches(
+    source: RecordSource, rows: Sequence[Row], ranks: Ranks, dtype: torch.dtype
+) -> Iterator[FeatureBatch | None]:
+    """This rank's share of the packed rows, each once over all ranks; None where it has none in a slot."""
+    filled = [*rows, *([[]] * (-len(rows) % ranks.world))]
+    slots = [filled[at : at + ranks.world] for at in range(0, len(filled), ranks.world)]
+    for records in source.batches([ranks.of_replica(slot) for slot in slots]):
+        yield FeatureBatch.pack(records, ranks.device, dtype) if records else None
+
+
+def _kept(record: FeatureRecord) -> FeatureRecord:
+    """The record in memory of its own: a view would keep the whole batch alive."""
+    return FeatureRecord(
+        sample_id=record.sample_id,
+        token_ids=record.token_ids,
+        loss_mask=record.loss_mask,
+        aux=torch.clone(record.aux),
+        last=torch.clone(record.last),
+        teacher_top1=record.teacher_top1,
+        teacher_lse=record.teacher_lse,
+    )

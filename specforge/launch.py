@@ -1,0 +1,87 @@
+"""Starts the ranks of a command on this machine, or joins those that torchrun or deepspeed started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from specforge.errors import ConfigError
+from specforge.records import Ranks
+
+TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
+
+
+def device_count() -> int:
+    """GPUs of this machine, or its cores where it has none."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def is_rank() -> bool:
+    """Whether some launcher started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_ranks(count: int) -> int | None:
+    """Run this very command as `count` ranks and return their exit code; None where this process is the rank.
+
+    Raises ConfigError where the machine has fewer devices than ranks."""
+    if is_rank() or count == 1:
+        return None
+    if count > device_count():
+        raise ConfigError(
+            f"{count} ranks need {count} devices, this machine has {device_count()}",
+            where=f"--tp-size {count}",
+            fix="lower it, or start the command with torchrun on several machines",
+        )
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    plan = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(plan, sys.executable)("-m", "specforge.cli", *sys.argv[1:])
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in codes if code > 0), 1)
+    return 0
+
+
+def join(tp_size: int) -> Ranks:
+    """The process group of all ranks (one rank too: DeepSpeed and SGLang want one) and the replica of this one."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world % tp_size:
+        raise ConfigError(
+            f"{world} ranks are no multiple of the tensor-parallel size {tp_size}",
+            where=f"--tp-size {tp_size}",
+            fix="start a multiple of it",
+        )
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        if not is_rank():
+            os.environ.update(
+                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port())
+            )
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    group = None
+    if world > tp_size:
+        groups = [dist.new_group(list(range(first, first + tp_size))) for first in range(0, world, tp_size)]
+        group = groups[rank // tp_size]
+    return Ranks(rank=rank, world=world, tp_size=tp_size, device=device, tp_group=group)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])

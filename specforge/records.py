@@ -1,0 +1,245 @@
+"""The records that cross folders, and the protocols through which a folder uses another. All are frozen.
+
+Legend of shape suffixes, used all over the project:
+
+    T  tokens of a record, or of a packed row (records one after the other, no padding)
+    S  teacher rows (alignment.py)           R  rows of one draft step
+    H  hidden size of the target             A  3H, three aux hidden states side by side
+    V  vocabulary of the target              D  draft vocabulary
+    N  query heads    K  key/value heads     E  size of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from specforge.alignment import prediction_depth, teacher_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """One conversation as the user gave it."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One conversation as the target reads it."""
+
+    sample_id: int  # position in the data file's order; stable across ranks and resumes
+    token_ids: NDArray[np.int32]  # [T]
+    loss_mask: NDArray[np.bool_]  # [T] True on assistant tokens, end of turn included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureRecord:
+    """One conversation as the target saw it. Row t of a [T, ...] tensor belongs to token t; `draft.unroll` shifts."""
+
+    sample_id: int
+    token_ids: Tensor  # [T] int32, exactly what the target was fed
+    loss_mask: Tensor  # [T] bool
+    aux: Tensor  # [T, A] outputs of the three aux layers
+    last: Tensor  # [S, H] after the final norm, teacher rows only
+    teacher_top1: Tensor  # [S] int32, argmax of the target's own logits over the whole vocabulary
+    teacher_lse: Tensor  # [S] float32, logsumexp of the same logits
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureBatch:
+    """One packed row: whole records, one after the other, no padding. The unit of a draft step."""
+
+    sample_ids: tuple[int, ...]
+    lengths: tuple[int, ...]
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, position inside the record
+    depth: Tensor  # [T] int64, draft steps of the row that count
+    aux: Tensor  # [T, A]
+    last: Tensor  # [S, H]
+    teacher_index: Tensor  # [T] int64, row of token t in the [S, ...] tensors, -1 where it has none
+    teacher_top1: Tensor  # [S] int64
+    teacher_lse: Tensor  # [S] float32
+
+    @classmethod
+    def pack(cls, records: Sequence[FeatureRecord], device: torch.device, dtype: torch.dtype) -> FeatureBatch:
+        lengths = [len(record) for record in records]
+        mask_T = torch.cat([record.loss_mask for record in records]).cpu().numpy()
+        teachers_S = torch.from_numpy(teacher_rows(mask_T, lengths))
+        index_T = torch.full((sum(lengths),), -1, dtype=torch.int64)
+        index_T[teachers_S] = torch.arange(len(teachers_S))
+
+        def joined(name: str, to: torch.dtype) -> Tensor:
+            return torch.cat([getattr(record, name) for record in records]).to(device, to)
+
+        return cls(
+            sample_ids=tuple(record.sample_id for record in records),
+            lengths=tuple(lengths),
+            token_ids=joined("token_ids", torch.int64),
+            positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
+            depth=torch.from_numpy(prediction_depth(mask_T, lengths)).to(device),
+            aux=joined("aux", dtype),
+            last=joined("last", dtype),
+            teacher_index=index_T.to(device),
+            teacher_top1=joined("teacher_top1", torch.int64),
+            teacher_lse=joined("teacher_lse", torch.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetInfo:
+    """What the draft must know of its target. Read from the target's folder; nothing of it is trained."""
+
+    path: str
+    fingerprint: str  # of config, and of names, shapes and sampled bytes of every tensor
+    config: dict[str, object]  # the target's text config as JSON
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    dtype: torch.dtype  # as stored in the target's folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetHead:
+    """The target's embedding and output head, for the draft's input and its teacher."""
+
+    embedding_VH: Tensor
+    head_VH: Tensor
+    scale: float = 1.0  # logits are multiplied by it
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+    def to(self, device: torch.device) -> TargetHead:
+        return replace(self, embedding_VH=self.embedding_VH.to(device), head_VH=self.head_VH.to(device))
+
+    def logits(self, last_SH: Tensor, head: Tensor | None = None) -> Tensor:
+        """The target's own logits for hidden states after the final norm, over `head`'s rows (default: all)."""
+        logits = torch.nn.functional.linear(last_SH, self.head_VH if head is None else head).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process's place in the run: `world` ranks in replicas of `tp_size`."""
+
+    rank: int = 0
+    world: int = 1
+    tp_size: int = 1
+    device: torch.device = torch.device("cpu")
+    tp_group: ProcessGroup | None = None  # the ranks of this replica; None where that is the whole world
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.tp_size
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.tp_size
+
+    def of_replica(self, slot: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The rows of this replica's ranks, out of one row for each rank of the world."""
+        first = self.replica * self.tp_size
+        return list(slot[first : first + self.tp_size])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Teacher-forced acceptance of a draft on held-out text. Lists run over the draft steps."""
+
+    rows: list[int]  # rows where the step counts
+    accepted: list[int]  # of them, rows where this and all earlier drafts are the target's own choice
+    walk_tokens: int  # tokens made by walking through each turn, and the passes of the target that it took
+    walk_passes: int
+    known: int  # teachers of step 0 that are in the draft vocabulary
+
+    @property
+    def share(self) -> list[float]:
+        """P(the first j drafts are all accepted), j = 1 .. steps."""
+        return [a / n if n else 0.0 for a, n in zip(self.accepted, self.rows, strict=True)]
+
+    @property
+    def length(self) -> float:
+        """Expected tokens for each pass of the target, uniformly over rows: 1 + the sum of `share`."""
+        return 1.0 + sum(self.share)
+
+    @property
+    def walk_length(self) -> float:
+        """Tokens for each pass when every turn is walked through from its start, as decoding does."""
+        return self.walk_tokens / self.walk_passes if self.walk_passes else 1.0
+
+    @property
+    def coverage(self) -> float:
+        """Share of the teachers that the draft vocabulary holds."""
+        return self.known / self.rows[0] if self.rows and self.rows[0] else 0.0
+
+
+class DecodeSession(Protocol):
+    """One sequence in the target with its KV cache."""
+
+    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Append tokens; returns the target's logits [n, V] float32 and aux states [n, A] of the appended tokens."""
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    def close(self) -> None:
+        """Free the cache. An engine has one open session at a time."""
+
+
+class TargetEngine(Protocol):
+    """The target model. Every rank of a tensor-parallel group makes the same calls in the same order.
+
+    `capture` runs each example whole, unpadded and in one piece, and returns its records in the order given, on the
+    engine's device. `tokens_per_batch` bounds the sum of the lengths of one call.
+    """
+
+    name: str
+    info: TargetInfo
+    aux_layers: tuple[int, ...]  # id k: output of layer k
+    tokens_per_batch: int
+    device: torch.device
+    dtype: torch.dtype  # in which the target runs
+
+    def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
+
+    def session(self, max_tokens: int) -> DecodeSession: ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, stop token included where it was reached."""
+
+    def self_check(self) -> None:
+        """Raises EngineError unless states are finite, equal on all ranks, and give the engine's own next token."""
+
+    def close(self) -> None: ...
+
+
+class RecordSource(Protocol):
+    """Where features come from: the store, or the live engine. Both give the same records for the same rows."""
+
+    lengths: NDArray[np.int64]  # [records] tokens of each record
+
+    def batches(self, slots: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[FeatureRecord]]:
+        """For each slot in turn the records of this rank's row. A slot holds a row (record indices, maybe none) for
+        each rank of the replica; all of them must iterate over the same slots."""

@@ -1,0 +1,97 @@
+"""Chooses and loads the engine that runs the target."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from specforge.config import EngineSettings
+from specforge.errors import ConfigError, EngineError, SpecforgeError
+from specforge.records import Ranks, TargetEngine, TargetInfo
+from specforge.target.weights import check_aux_layers, default_aux_layers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def sglang_problem() -> str | None:
+    """Why SGLang cannot be used here, or None."""
+    if importlib.util.find_spec("sglang") is None:
+        return "sglang is not installed"
+    try:
+        from specforge.target.sglang import names  # noqa: F401
+    except Exception as error:  # an import of SGLang's can fail in any way
+        return f"sglang does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def choose(engine: str) -> str:
+    """`sglang` or `hf`. SGLang is the default wherever it imports."""
+    if engine == "hf":
+        return "hf"
+    problem = sglang_problem()
+    if problem and engine == "sglang":
+        raise EngineError(problem, where="--engine sglang", fix="run `specforge doctor`")
+    return "hf" if problem else "sglang"
+
+
+def check_tp(info: TargetInfo, tp_size: int) -> None:
+    """Raises ConfigError where the target's heads cannot be shared out evenly."""
+    heads = int(str(info.config.get("num_attention_heads", 1)))
+    kv_heads = int(str(info.config.get("num_key_value_heads") or heads))
+    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise ConfigError(
+            f"{heads} attention heads ({kv_heads} key/value heads) cannot be shared by {tp_size} ranks",
+            where=f"--tp-size {tp_size}",
+            fix=f"use one of {', '.join(map(str, fitting))}",
+        )
+
+
+def aux_layers_of(settings: EngineSettings, info: TargetInfo) -> tuple[int, ...]:
+    layers = settings.aux_layers or default_aux_layers(info.num_layers)
+    check_aux_layers(layers, info.num_layers)
+    return layers
+
+
+def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngine:
+    """The engine, self-checked. Raises EngineError where it cannot be loaded or fails the check."""
+    check_tp(info, settings.tp_size)
+    layers = aux_layers_of(settings, info)
+    dtype = info.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
+    name = choose(settings.engine)
+    try:
+        if name == "sglang":
+            from specforge.target.sglang.engine import SglangEngine
+
+            engine: TargetEngine = SglangEngine(
+                info,
+                layers,
+                ranks,
+                dtype=dtype,
+                tokens_per_batch=settings.tokens_per_batch,
+                mem_frac=settings.mem_frac,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        else:
+            from specforge.target.hf_engine import HfEngine
+
+            engine = HfEngine(
+                info,
+                layers,
+                ranks,
+                dtype=dtype,
+                tokens_per_batch=settings.tokens_per_batch,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except SpecforgeError:
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"the {name} engine could not load the target: {type(error).__name__}: {str(error).splitlines()[0][:300]}",
+            where=info.path,
+            fix="see specforge.log in the output folder (--debug shows the traceback); "
+            "out of memory: lower --mem-frac or raise --tp-size",
+        ) from error
+    engine.self_check()
+    return engine

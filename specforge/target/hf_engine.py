@@ -1,0 +1,123 @@
+"""The target in transformers: the oracle that SGLang is compared with, and the fallback where it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from specforge.alignment import teacher_rows
+from specforge.errors import EngineError
+from specforge.records import DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
+
+REDEFINED = {"gemma3", "gemma3_text"}  # SGLang, which serves, defines their aux states differently
+
+
+class HfEngine:
+    """TargetEngine over transformers, one sequence at a time. No tensor parallelism: each rank holds a copy."""
+
+    name = "hf"
+
+    def __init__(
+        self,
+        info: TargetInfo,
+        aux_layers: tuple[int, ...],
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        tokens_per_batch: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if info.config.get("model_type") in REDEFINED:
+            raise EngineError(
+                "transformers' hidden states of this model are not those that servers feed to a draft",
+                where=f"the target's config.json, model_type {info.config['model_type']}",
+                fix="use --engine sglang",
+            )
+        if ranks.tp_size > 1:
+            raise EngineError(
+                "the transformers engine has no tensor parallelism", where="--tp-size", fix="use --engine sglang"
+            )
+        self.info, self.aux_layers, self.tokens_per_batch = info, aux_layers, tokens_per_batch
+        self.device, self.dtype = ranks.device, dtype
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            info.path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        self._model.to(self.device).eval()
+
+    @torch.no_grad()
+    def _forward(self, ids: Sequence[int], cache: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(aux [n, A], last [rows, H], logits [rows, V] float32) of the n appended tokens."""
+        out = self._model(
+            torch.tensor([list(ids)], device=self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=True,
+            logits_to_keep=rows,
+        )
+        aux = torch.cat([out.hidden_states[layer + 1][0] for layer in self.aux_layers], dim=-1)
+        return aux, out.hidden_states[-1][0, rows], out.logits[0].float()
+
+    def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
+        records = []
+        for example in examples:
+            rows = torch.from_numpy(teacher_rows(example.loss_mask)).to(self.device)
+            aux, last, logits = self._forward(example.token_ids.tolist(), None, rows)
+            records.append(
+                FeatureRecord(
+                    sample_id=example.sample_id,
+                    token_ids=torch.from_numpy(example.token_ids),
+                    loss_mask=torch.from_numpy(example.loss_mask),
+                    aux=aux,
+                    last=last,
+                    teacher_top1=logits.argmax(-1).to(torch.int32),
+                    teacher_lse=logits.logsumexp(-1),
+                )
+            )
+        return records
+
+    def session(self, max_tokens: int) -> DecodeSession:
+        return _HfSession(self)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        answers = []
+        for prompt in prompts:
+            session, answer = self.session(len(prompt) + max_new_tokens), list[int]()
+            logits, _ = session.extend(prompt)
+            while len(answer) < max_new_tokens:
+                answer.append(int(logits[-1].argmax()))
+                if answer[-1] in stop_ids:
+                    break
+                logits, _ = session.extend(answer[-1:])
+            answers.append(answer)
+        return answers
+
+    def self_check(self) -> None:
+        ids = list(range(min(8, self.info.vocab_size)))
+        aux, last, _ = self._forward(ids, None, torch.arange(len(ids), device=self.device))
+        if not (torch.isfinite(aux).all() and torch.isfinite(last).all()):
+            raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype float32")
+
+    def close(self) -> None:
+        del self._model
+
+
+class _HfSession:
+    def __init__(self, engine: HfEngine) -> None:
+        self._engine, self._cache = engine, DynamicCache()
+
+    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(token_ids), device=self._engine.device)
+        aux, _, logits = self._engine._forward(token_ids, self._cache, rows)
+        return logits, aux
+
+    def keep(self, length: int) -> None:
+        self._cache.crop(length)
+
+    def close(self) -> None:
+        self._cache = DynamicCache()

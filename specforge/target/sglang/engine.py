@@ -1,0 +1,323 @@
+"""SGLang's ModelRunner without its scheduler: whole sequences in, auxiliary hidden states of every token out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+
+from specforge.alignment import teacher_rows
+from specforge.errors import EngineError
+from specforge.records import DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
+from specforge.target.sglang import names as sgl
+
+MAX_REQUESTS = 256  # sequences in one forward pass
+HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
+
+
+class SglangEngine:
+    """TargetEngine over an embedded SGLang. One instance a process: SGLang keeps global state."""
+
+    name = "sglang"
+
+    def __init__(
+        self,
+        info: TargetInfo,
+        aux_layers: tuple[int, ...],
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        tokens_per_batch: int,
+        mem_frac: float,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.info, self.aux_layers, self.tokens_per_batch = info, aux_layers, tokens_per_batch
+        self.device, self.dtype, self._ranks = ranks.device, dtype, ranks
+        self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code)
+        model = self._runner.model
+        if not hasattr(model, "set_eagle3_layers_to_capture"):
+            raise EngineError(
+                f"SGLang's {type(model).__name__} cannot capture aux hidden states, so it cannot serve EAGLE-3 either",
+                where=info.path,
+                fix="choose a target of another architecture (Llama, Qwen, Mistral, Phi-3, gpt-oss, DeepSeek, ...)",
+            )
+        model.set_eagle3_layers_to_capture(list(aux_layers))
+        self._hook = _LogitsHook()
+        model.logits_processor.register_forward_pre_hook(self._hook, with_kwargs=True)
+
+    def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
+        rows = [teacher_rows(example.loss_mask) for example in examples]
+        starts = [0]
+        for example in examples:
+            starts.append(starts[-1] + len(example.token_ids))
+        self._hook.rows = torch.cat([torch.from_numpy(r) + s for r, s in zip(rows, starts, strict=False)])
+        self._prefill([example.token_ids.tolist() for example in examples])
+        seen, records, teacher_start = self._hook, [], 0
+        for example, own_rows, start in zip(examples, rows, starts, strict=False):
+            tokens = slice(start, start + len(example.token_ids))
+            teachers = slice(teacher_start, teacher_start + len(own_rows))
+            teacher_start = teachers.stop
+            records.append(
+                FeatureRecord(
+                    sample_id=example.sample_id,
+                    token_ids=torch.from_numpy(example.token_ids),
+                    loss_mask=torch.from_numpy(example.loss_mask),
+                    aux=seen.aux[tokens],
+                    last=seen.last[teachers],
+                    teacher_top1=seen.top1[teachers],
+                    teacher_lse=seen.lse[teachers],
+                )
+            )
+        return records
+
+    def session(self, max_tokens: int) -> DecodeSession:
+        return _Session(self)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        answers: list[list[int]] = []
+        while len(answers) < len(prompts):
+            group, room = [], self.tokens_per_batch
+            for prompt in prompts[len(answers) : len(answers) + MAX_REQUESTS]:
+                room -= len(prompt) + max_new_tokens
+                if room < 0 and group:
+                    break
+                group.append(prompt)
+            answers += self._generate_group(group, max_new_tokens, set(stop_ids))
+        return answers
+
+    @torch.no_grad()
+    def _generate_group(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: set[int]
+    ) -> list[list[int]]:
+        """Prefill together, then decode together; a finished sequence leaves the batch."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        self._hook.rows = None
+        batch, logits = self._extend([list(prompt) for prompt in prompts])
+        running = list(range(len(prompts)))
+        while True:
+            tokens = logits.argmax(-1)
+            for row, token in zip(running, tokens.tolist(), strict=True):
+                answers[row].append(token)
+            going = [
+                at
+                for at, row in enumerate(running)
+                if answers[row][-1] not in stop_ids and len(answers[row]) < max_new_tokens
+            ]
+            if not going:
+                break
+            if len(going) < len(running):
+                batch.filter_batch(keep_indices=going)
+                running, tokens = [running[at] for at in going], tokens[going]
+            batch.input_ids = tokens.to(torch.int64)
+            batch.prepare_for_decode()
+            logits = self._forward(batch)
+        self._clear()
+        return answers
+
+    def self_check(self) -> None:
+        """One prefill; see the protocol. Catches deferred all-reduces (partial sums) and a wrong head."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.info.vocab_size, (16,), generator=generator).tolist()
+        self._hook.rows = torch.arange(len(ids))
+        emitted = int(self._prefill([ids])[-1].argmax())
+        states = torch.cat([self._hook.aux.flatten(), self._hook.last.flatten()])
+        fix = "report the model and SGLang's version; --engine hf works meanwhile"
+        if not torch.isfinite(states).all():
+            raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype bfloat16")
+        if int(self._hook.top1[-1]) != emitted:
+            raise EngineError(
+                "argmax(lm_head(last)) is not the token that SGLang emits", where=self.info.path, fix=fix
+            )
+        if self._ranks.tp_size > 1:
+            group = self._ranks.tp_group
+            every = [torch.empty_like(states) for _ in range(self._ranks.tp_size)]
+            dist.all_gather(every, states, group=group)
+            if not all(torch.equal(states, other) for other in every):
+                raise EngineError("the tensor-parallel ranks hold different states", where=self.info.path, fix=fix)
+
+    def close(self) -> None:
+        self._clear()
+        del self._runner
+
+    # What follows is SGLang's own order of calls for a batch, as in its one_batch benchmark.
+
+    @torch.no_grad()
+    def _prefill(self, sequences: list[list[int]]) -> Tensor:
+        """One ragged, unpadded forward over whole sequences; next-token logits [sequences, V]."""
+        _, logits = self._extend(sequences)
+        self._clear()
+        return logits
+
+    def _extend(self, sequences: list[list[int]], prefix_slots: Tensor | None = None) -> tuple[Any, Tensor]:
+        runner, requests = self._runner, []
+        for number, ids in enumerate(sequences):
+            request = sgl.Req(
+                rid=str(number),
+                origin_input_text="",
+                origin_input_ids=array("q", ids),
+                sampling_params=sgl.SamplingParams(temperature=0, max_new_tokens=1),
+            )
+            request.full_untruncated_fill_ids = request.origin_input_ids
+            request.logprob_start_len = -1
+            if prefix_slots is not None:
+                request.prefix_indices = prefix_slots
+            request.set_extend_range(len(request.prefix_indices), len(ids))
+            requests.append(request)
+        batch = sgl.ScheduleBatch.init_new(
+            reqs=requests,
+            req_to_token_pool=runner.req_to_token_pool,
+            token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+            tree_cache=sgl.TreeCacheNamespace(
+                page_size=sgl.get_schedule().page_size,
+                device=runner.device,
+                token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+            ),
+            model_config=runner.model_config,
+            enable_overlap=False,
+            spec_algorithm=sgl.SpeculativeAlgorithm.NONE,
+        )
+        batch.prepare_for_extend()
+        if batch.input_ids is None:
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+            batch.prefill_input_ids_cpu = None
+        return batch, self._forward(batch)
+
+    def _forward(self, batch: Any) -> Tensor:
+        forward_batch = sgl.ForwardBatch.init_new(batch, self._runner, return_hidden_states_before_norm=False)
+        logits: Tensor = self._runner.forward(forward_batch).logits_output.next_token_logits
+        return logits
+
+    def _clear(self) -> None:
+        self._runner.req_to_token_pool.clear()
+        self._runner.token_to_kv_pool_allocator.clear()
+
+
+class _Session:
+    """One sequence, extended piece by piece. `slots` are its places in SGLang's KV pool; those of forgotten tokens
+    are only given back at the end, so the pool must hold every token that was ever appended."""
+
+    def __init__(self, engine: SglangEngine) -> None:
+        self._engine, self._ids = engine, list[int]()
+        self._slots = torch.empty(0, dtype=torch.int64, device=engine.device)
+        engine._clear()
+
+    @torch.no_grad()
+    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        engine = self._engine
+        engine._runner.req_to_token_pool.clear()
+        engine._hook.rows = torch.arange(len(token_ids))
+        engine._hook.keep_logits = True
+        self._ids += token_ids
+        batch, _ = engine._extend([self._ids], prefix_slots=self._slots)
+        engine._hook.keep_logits = False
+        self._slots = torch.cat([self._slots, batch.out_cache_loc.to(torch.int64)])
+        return engine._hook.logits, engine._hook.aux
+
+    def keep(self, length: int) -> None:
+        self._ids, self._slots = self._ids[:length], self._slots[:length]
+
+    def close(self) -> None:
+        self._engine._clear()
+
+
+class _LogitsHook:
+    """Reads the inputs of the logits processor: every token, after all reductions, before any pruning.
+
+    The teacher columns come from SGLang's own logits function, so its scale, soft cap and gather over ranks hold."""
+
+    NAMES = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.keep_logits = False
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.rows is None:
+            return
+        seen = dict(zip(self.NAMES, args, strict=False)) | kwargs
+        metadata = seen["logits_metadata"]
+        if isinstance(metadata, sgl.ForwardBatch):
+            metadata = sgl.LogitsMetadata.from_forward_batch(metadata)
+        hidden: Tensor = seen["hidden_states"]
+        self.aux = torch.cat(list(seen["aux_hidden_states"]), dim=-1)
+        self.last = hidden[self.rows.to(hidden.device)]
+        top1, lse, kept = [], [], []
+        for piece in self.last.split(HEAD_ROWS):
+            logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
+            logits = logits[:, : module.config.vocab_size].float()
+            top1.append(logits.argmax(-1).to(torch.int32))
+            lse.append(logits.logsumexp(-1))
+            if self.keep_logits:
+                kept.append(logits)
+        self.top1 = torch.cat(top1) if top1 else torch.empty(0, dtype=torch.int32, device=hidden.device)
+        self.lse = torch.cat(lse) if lse else torch.empty(0, device=hidden.device)
+        if self.keep_logits:
+            self.logits = torch.cat(kept)
+
+
+@contextlib.contextmanager
+def _default_group(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Make `group` the default process group while SGLang builds its own inside it.
+
+    SGLang insists that the world is exactly its tensor-parallel ranks. Each replica of a larger world looks like a
+    whole world to it this way; afterwards the real world is back for DeepSpeed. One private torch call."""
+    world = c10d.GroupMember.WORLD
+    if group is None:
+        yield
+        return
+    c10d._update_default_pg(group)
+    try:
+        yield
+    finally:
+        c10d._update_default_pg(world)
+
+
+def _load_runner(
+    info: TargetInfo, ranks: Ranks, dtype: torch.dtype, tokens_per_batch: int, mem_frac: float, trust_remote_code: bool
+) -> Any:
+    on_cpu = ranks.device.type == "cpu"
+    if on_cpu and ranks.tp_size > 1:  # more ranks than NUMA nodes: SGLang wants to be told each rank's cores
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        share = max(1, len(cores) // ranks.tp_size)
+        groups = [cores[r * share % len(cores) :][:share] for r in range(ranks.tp_size)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(group) for group in groups))
+    args = sgl.ServerArgs(
+        model_path=info.path,
+        dtype=str(dtype).removeprefix("torch."),
+        device=ranks.device.type,
+        attention_backend="torch_native" if on_cpu else None,
+        tp_size=ranks.tp_size,
+        mem_fraction_static=mem_frac,
+        max_total_tokens=tokens_per_batch + MAX_REQUESTS,  # the KV pool: one batch, nothing is kept between batches
+        max_running_requests=MAX_REQUESTS,
+        page_size=1,
+        chunked_prefill_size=-1,  # a chunked prefill would split a sequence over two forwards
+        disable_radix_cache=True,  # a prefix hit would return only the uncached suffix
+        disable_cuda_graph=True,
+        disable_overlap_schedule=True,
+        disable_custom_all_reduce=True,
+        skip_tokenizer_init=True,
+        sampling_backend="pytorch",
+        grammar_backend="none",
+        log_level="error",
+        trust_remote_code=trust_remote_code,
+    )
+    if hasattr(args, "resolve"):
+        args.resolve()
+    ports = sgl.PortArgs.init_new(args)
+    sgl.one_batch.get_tokenizer = lambda *args, **kwargs: None
+    gpu = ranks.device.index or 0
+    with _default_group(ranks.tp_group):
+        world_rank = sgl.spawn_world_rank(args, tp_rank=ranks.tp_rank, pp_rank=0)
+        sgl.publish(args, role="scheduler", ranks=sgl.SpawnRanks(world_rank=world_rank, gpu_id=gpu))
+        bench_runner, _ = sgl.one_batch.load_model(args, ports, gpu, ranks.tp_rank)
+    return bench_runner.torch_runner

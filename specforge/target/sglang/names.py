@@ -1,0 +1,28 @@
+"""Every SGLang name that we use, in one place. SGLang moves names between releases: a test imports this file."""
+
+from sglang.benchmark import one_batch
+from sglang.benchmark.one_batch import TreeCacheNamespace
+from sglang.srt.layers.logits_processor import LogitsMetadata
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import SpawnRanks, get_schedule, publish, spawn_world_rank
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+__all__ = [
+    "ForwardBatch",
+    "LogitsMetadata",
+    "PortArgs",
+    "Req",
+    "SamplingParams",
+    "ScheduleBatch",
+    "ServerArgs",
+    "SpawnRanks",
+    "SpeculativeAlgorithm",
+    "TreeCacheNamespace",
+    "get_schedule",
+    "one_batch",
+    "publish",
+    "spawn_world_rank",
+]

@@ -1,0 +1,1 @@
+"""The training loop, the optimizer that DeepSpeed owns, and exact resume."""

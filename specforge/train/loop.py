@@ -1,0 +1,159 @@
+"""The training loop: packed rows in, a draft out. One function can be read whole; side work stands around it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specforge.config import TrainSettings
+from specforge.console import advance, is_main_rank, progress, say
+from specforge.draft import folder as draft_folder
+from specforge.draft.step import DraftStep, StepResult
+from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource
+from specforge.train import checkpoint
+from specforge.train.checkpoint import RunState
+from specforge.train.optimizer import DraftOptimizer, learning_rate
+
+Slots = list[list[list[list[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What the loop needs, made by the pipeline."""
+
+    settings: TrainSettings
+    ranks: Ranks
+    step: DraftStep
+    optimizer: DraftOptimizer
+    source: RecordSource
+    plan: Callable[[int], Slots]  # epoch -> the rows of every rank
+    evaluate: Callable[[], Acceptance]  # on held-out records; collective
+    identity: dict[str, Any]  # what a resumed run must share
+    dtype: torch.dtype
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def output(self) -> Path:
+        return self.settings.output
+
+
+def train(run: Run) -> Acceptance:
+    """All epochs from where `run.state` is; returns the held-out acceptance of the best draft."""
+    settings, state = run.settings, run.state
+    steps_per_epoch = len(run.plan(0))
+    total = steps_per_epoch * settings.epochs
+    best: Acceptance | None = None
+    if state.updates == 0:
+        untrained = run.evaluate()
+        _log(run, {"epoch": 0, "held_out": _describe(untrained)})
+        say(f"untrained  held-out acceptance length {untrained.length:.3f}")
+    while state.epoch < settings.epochs:
+        steps = run.plan(state.epoch)[state.step_in_epoch :]
+        own_slots = [[run.ranks.of_replica(slot) for slot in slots] for slots in steps]
+        records = run.source.batches([slot for slots in own_slots for slot in slots])
+        with progress(f"epoch {state.epoch + 1}/{settings.epochs}", len(steps), "steps") as bar:
+            for slots in steps:
+                batches = [_packed(run, found) for found in islice(records, len(slots))]
+                row = _update(run, batches, total)
+                _log(run, row)
+                advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s")
+                if state.updates % settings.save_steps == 0:
+                    _save(run)
+        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        acceptance = run.evaluate()
+        better = acceptance.length > state.best_length
+        if better:
+            state.best_length, state.best_epoch, best = acceptance.length, state.epoch, acceptance
+        _log(run, {"epoch": state.epoch, "held_out": _describe(acceptance)})
+        say(
+            f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
+            f"(walk {acceptance.walk_length:.3f})  per position "
+            + " ".join(f"{share:.2f}" for share in acceptance.share)
+            + ("  [green]best[/]" if better else "")
+        )
+        _save(run, best=better)
+    return best or run.evaluate()
+
+
+def _update(run: Run, batches: list[FeatureBatch | None], total: int) -> dict[str, Any]:
+    """One optimizer step over this rank's packed rows."""
+    settings, state, began = run.settings, run.state, time.perf_counter()
+    run.step.train()
+    normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
+    dist.all_reduce(normaliser)
+    rate = learning_rate(state.updates, total, settings.lr, settings.warmup_share)
+    run.optimizer.set_learning_rate(rate)
+    results = [run.optimizer.accumulate(batch, normaliser) for batch in batches]
+    state.updates += 1
+    state.step_in_epoch += 1
+    tokens = sum(sum(batch.lengths) for batch in batches if batch)
+    return _measure(results, normaliser, tokens, run) | {
+        "step": state.updates,
+        "epoch": state.epoch,
+        "lr": rate,
+        "grad_norm": run.optimizer.gradient_norm(),
+        "tokens_per_second": tokens * run.ranks.world / (time.perf_counter() - began),
+    }
+
+
+def _measure(results: list[StepResult], normaliser: Tensor, tokens: int, run: Run) -> dict[str, Any]:
+    """Sums over ranks and rows, as numbers a person reads."""
+    sums = torch.stack(
+        [sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")]  # type: ignore[union-attr]
+    )
+    dist.all_reduce(sums)
+    loss_i = sums[0] / normaliser.clamp(min=1)
+    weight_i = run.settings.step_decay ** torch.arange(run.settings.steps, device=sums.device)
+    return {
+        "loss": float((weight_i * loss_i).sum()),
+        "loss_by_step": [round(value, 5) for value in loss_i.tolist()],
+        "accuracy_by_step": [round(value, 5) for value in (sums[1] / sums[2].clamp(min=1)).tolist()],
+        "coverage": float(normaliser[0] / sums[2][0].clamp(min=1)),
+        "tokens": tokens,
+    }
+
+
+def _packed(run: Run, records: list[FeatureRecord]) -> FeatureBatch | None:
+    return FeatureBatch.pack(records, run.ranks.device, run.dtype) if records else None
+
+
+def _save(run: Run, best: bool = False) -> None:
+    """A checkpoint, and the draft as `best` where it is. Collective; rank 0 writes."""
+    settings, state = run.settings, run.state
+    steps_per_epoch = len(run.plan(0))
+    if state.step_in_epoch == steps_per_epoch:  # the epoch's end is saved after its evaluation
+        return
+    tensors = run.optimizer.state()
+    if is_main_rank():
+        folder, draft, kept_D = run.output / "checkpoints", run.step.draft, run.step.kept_D
+        if best:
+            weights = {name: tensors[name] for name in draft.state_dict()}
+            draft_folder.save(run.output / "best", draft, kept_D, weights, run.dtype)
+        checkpoint.save(folder, draft, kept_D, tensors, state, run.identity, run.dtype)
+        checkpoint.keep_newest(folder, settings.keep)
+    dist.barrier()
+
+
+def _describe(acceptance: Acceptance) -> dict[str, Any]:
+    return {
+        "acceptance_length": acceptance.length,
+        "walk_length": acceptance.walk_length,
+        "acceptance_by_position": acceptance.share,
+        "coverage": acceptance.coverage,
+        "predictions": acceptance.rows[0] if acceptance.rows else 0,
+    }
+
+
+def _log(run: Run, row: dict[str, Any]) -> None:
+    if is_main_rank():
+        with (run.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,163 @@
+"""DeepSpeed around the draft step: precision, ZeRO, clipping, AdamW. Its state as plain named tensors.
+
+Checkpoints hold the fp32 weights and moments whole, by parameter name, in safetensors: they restore bit for bit on the
+same ranks, load on any other number of ranks without conversion, and hold no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specforge.config import TrainSettings
+from specforge.errors import ConfigError
+from specforge.records import FeatureBatch, Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
+    """ds_config.json with its "auto" filled by the run's settings. A number there that contradicts them is an error."""
+    path = settings.deepspeed_config
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the DeepSpeed settings cannot be read: {error}",
+            where=f"--deepspeed-config {path}",
+            fix="give a JSON file; the project's ds_config.json is a good start",
+        ) from error
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    if stage not in (0, 1, 2) or config.get("fp16", {}).get("enabled") or (bf16 and stage == 0):
+        raise ConfigError(
+            "unsupported precision and ZeRO stage: bf16 needs stage 1 or 2 (stage 0 loses small updates), fp32 takes "
+            "0, 1 or 2, fp16 and stage 3 are not supported (the draft is one layer)",
+            where=f"{path}, 'bf16' and 'zero_optimization'",
+            fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
+        )
+    if settings.rows_per_step % ranks.world:
+        raise ConfigError(
+            f"{settings.rows_per_step} packed rows in a step cannot be shared by {ranks.world} ranks",
+            where="--rows-per-step",
+            fix=f"use a multiple of {ranks.world}",
+        )
+    decided = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": settings.rows_per_step // ranks.world,
+        "gradient_clipping": settings.max_grad_norm,
+    }
+    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    parameters = optimizer.setdefault("params", {})
+    for place, key, value in [(config, k, v) for k, v in decided.items()] + [(parameters, "lr", settings.lr)]:
+        if place.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"{key} is {place[key]} there, and {value} by the run's settings",
+                where=f"{path}, '{key}'",
+                fix='write "auto" there and use the flag (--rows-per-step, --max-grad-norm, --lr)',
+            )
+        place[key] = value
+    if ranks.device.type == "cpu":
+        parameters["torch_adam"] = True  # DeepSpeed's own needs to be compiled
+    return config  # type: ignore[no-any-return]
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_share: float) -> float:
+    """Linear rise over the first share of the steps, then half a cosine to zero. `step` counts from 0."""
+    warmup = max(1, round(total * warmup_share))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class DraftOptimizer:
+    """The draft step in a DeepSpeed engine; data-parallel over all ranks."""
+
+    def __init__(self, module: nn.Module, config: dict[str, Any], ranks: Ranks) -> None:
+        import deepspeed
+
+        if ranks.device.type == "cpu":  # a shared-memory all-reduce that takes minutes to compile; gloo does without
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self._engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=parameters, dist_init_required=False, config=config
+        )
+        self._world = ranks.world
+        self.module = module
+
+    def accumulate(self, batch: FeatureBatch | None, normaliser: Tensor) -> Any:
+        """Forward and backward of one packed row. The gradient is the sum over ranks and rows, as the normaliser
+        expects: DeepSpeed's division by accumulation is off and its mean over ranks undone."""
+        result = self._engine(batch, normaliser)
+        self._engine.backward(result.loss * self._world, scale_wrt_gas=False)
+        self._engine.step()  # DeepSpeed updates only where the accumulation is complete
+        return result
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """Before clipping, of the last update."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def _partitioned(self) -> bool:
+        return hasattr(self._engine.optimizer, "single_partition_of_fp32_groups")
+
+    def state(self) -> dict[str, Tensor]:
+        """fp32 weights by name, and `exp_avg.NAME`, `exp_avg_sq.NAME`; whole, on the CPU. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._named():
+            if self._partitioned():
+                values = [safe_get_full_fp32_param(parameter)]
+                values += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
+            else:
+                moments = self._engine.optimizer.state[parameter]
+                values = [parameter.detach(), *(moments[moment] for moment in MOMENTS)]
+            for prefix, value in zip(("", *(f"{moment}." for moment in MOMENTS)), values, strict=True):
+                found[prefix + name] = value.to("cpu", torch.float32).clone()
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 weights by name, whole, on the CPU. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: (safe_get_full_fp32_param(p) if self._partitioned() else p.detach()).to("cpu", torch.float32).clone()
+            for name, p in self._named()
+        }
+
+    def load_state(self, state: dict[str, Tensor], updates: int) -> None:
+        """The inverse of `state`, after `updates` optimizer steps. Every rank passes the same tensors."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        optimizer, device = self._engine.optimizer, next(self.module.parameters()).device
+
+        def fresh(flat: Tensor) -> dict[str, Tensor]:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            return {"step": torch.tensor(float(updates)), **moments}
+
+        if self._partitioned():  # AdamW makes its state at the first step: make it now, so that it can be filled
+            for flat in optimizer.single_partition_of_fp32_groups:
+                optimizer.optimizer.state[flat] = fresh(flat)
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._named():
+            parameter.data.copy_(state[name])
+            if self._partitioned():
+                safe_set_full_fp32_param(parameter, state[name].to(device))
+                for moment in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(device), moment)
+            else:
+                optimizer.state[parameter] = fresh(parameter)
+                for moment in MOMENTS:
+                    optimizer.state[parameter][moment].copy_(state[f"{moment}.{name}"])
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name.removeprefix("draft."), p) for name, p in self.module.named_parameters()]

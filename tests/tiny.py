@@ -1,0 +1,92 @@
+"""Tiny random targets with a real tokenizer and chat template, and tiny conversations. Made anew for each test run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+WORDS = "the a one two red blue cat dog house tree runs sees likes big small and then why how yes no maybe".split()
+
+
+def sentence(source: random.Random, length: int) -> str:
+    return " ".join(source.choice(WORDS) for _ in range(length)) + "."
+
+
+def conversations(count: int, seed: int = 0, turns: int = 2) -> list[dict[str, object]]:
+    source = random.Random(seed)
+    rows = []
+    for number in range(count):
+        messages = []
+        for _ in range(turns):
+            messages.append({"role": "user", "content": sentence(source, source.randint(3, 9))})
+            messages.append({"role": "assistant", "content": sentence(source, source.randint(4, 20))})
+        rows.append({"id": f"row-{number}", "conversations": messages})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([sentence(random.Random(n), 20) for n in range(50)] + ["user assistant system"], trainer)
+    bpe.add_special_tokens([AddedToken(text, special=True) for text in special])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def make_target(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A random model of 8 layers whose logits are far apart enough that greedy choices are stable."""
+    own = tokenizer()
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        eos_token_id=own.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=own.pad_token_id,
+        **({"sliding_window": None} if family == "mistral" else {}),
+    )
+    torch.manual_seed(seed)
+    model_class(config).to(dtype).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder

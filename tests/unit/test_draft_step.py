@@ -1,0 +1,175 @@
+"""The training step against the dense reference: value and every gradient; and broken variants that must fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specforge.alignment import teacher_rows
+from specforge.draft import step as step_module
+from specforge.draft import unroll as unroll_module
+from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.step import DraftStep
+from specforge.records import FeatureBatch, FeatureRecord, TargetHead
+from tests.dense_reference import step_losses
+
+STEPS, DECAY, V, H = 7, 0.8, 60, 32
+CONFIG = DraftConfig(
+    hidden_size=H,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    vocab_size=V,
+    draft_vocab_size=40,
+    max_position_embeddings=128,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    aux_layers=(1, 2, 3),
+)
+LENGTHS = (5, 23, 40, 2, 17)
+
+
+def make(supervised: float, dtype: torch.dtype, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(V, H, generator=g, dtype=dtype)
+    head = TargetHead(embedding_VH=embedding, head_VH=torch.randn(V, H, generator=g, dtype=dtype))
+    kept = torch.sort(torch.randperm(V, generator=g)[: CONFIG.draft_vocab_size]).values
+    draft = Eagle3Draft(CONFIG).to(dtype)
+    with torch.no_grad():
+        for p in draft.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=dtype) * (0.2 if p.dim() == 2 else 0.5))
+    dense, records = [], []
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(0, V, (length,), generator=g)
+        # turns in blocks, so that several turns end inside a record
+        blocks = torch.rand(length // 6 + 1, generator=g) < supervised
+        mask = blocks.repeat_interleave(6)[:length]
+        aux = torch.randn(length, 3 * H, generator=g, dtype=dtype)
+        last = torch.randn(length, H, generator=g, dtype=dtype)
+        dense.append({"ids": ids, "mask": mask, "aux": aux, "last": last})
+        rows = torch.from_numpy(teacher_rows(mask.numpy()))
+        logits = head.logits(last[rows])
+        records.append(
+            FeatureRecord(
+                sample_id=number,
+                token_ids=ids.int(),
+                loss_mask=mask,
+                aux=aux,
+                last=last[rows],
+                teacher_top1=logits.argmax(-1).int(),
+                teacher_lse=logits.logsumexp(-1),
+            )
+        )
+    return draft, head, kept, dense, records
+
+
+def ours(draft, head, kept, batches):
+    """(loss, per-step loss sums, counts, hits) with gradients accumulated into draft, over packed rows."""
+    step = DraftStep(draft, head, kept, STEPS, DECAY)
+    normaliser = sum(step.loss_rows(batch) for batch in batches)
+    results = [step(batch, normaliser) for batch in batches]
+    loss = sum(result.loss for result in results)
+    loss.backward()
+    return loss, sum(r.loss_sum for r in results), sum(r.loss_rows for r in results), sum(r.hits for r in results)
+
+
+def reference(draft, head, kept, dense):
+    weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
+    sums, counts, hits = step_losses(weights, CONFIG, head.embedding_VH, head.head_VH, kept, dense, STEPS)
+    loss = sum(DECAY**i * s / max(c, 1) for i, (s, c) in enumerate(zip(sums, counts, strict=True)))
+    loss.backward()
+    return loss, sums, counts, hits, weights
+
+
+def difference(draft, weights):
+    """The largest relative error of a gradient tensor."""
+    return max(
+        ((p.grad - weights[n].grad).norm() / weights[n].grad.norm().clamp(min=1e-12)).item()
+        for n, p in draft.named_parameters()
+    )
+
+
+def pack(records, dtype):
+    return FeatureBatch.pack(records, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("supervised", [1.0, 0.5, 0.2])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_equals_dense_reference(supervised, dtype, bound):
+    """fp64 is bounded by the logits, which the step takes in fp32 by design."""
+    draft, head, kept, dense, records = make(supervised, dtype)
+    loss, sums, counts, hits = ours(draft, head, kept, [pack(records, dtype)])
+    want_loss, want_sums, want_counts, want_hits, weights = reference(draft, head, kept, dense)
+    assert counts.tolist() == want_counts
+    assert hits.tolist() == want_hits
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
+    torch.testing.assert_close(
+        sums, torch.tensor([float(s) if isinstance(s, float) else s.item() for s in want_sums], dtype=sums.dtype), rtol=1e-5, atol=1e-5
+    )
+    assert difference(draft, weights) < bound
+
+
+def test_packed_equals_unpacked():
+    draft, head, kept, _, records = make(0.6, torch.float32)
+    packed = ours(draft, head, kept, [pack(records, torch.float32)])
+    packed_grads = {n: p.grad.clone() for n, p in draft.named_parameters()}
+    draft.zero_grad()
+    single = ours(draft, head, kept, [pack([record], torch.float32) for record in records])
+    assert packed[2].tolist() == single[2].tolist()
+    assert packed[0].item() == pytest.approx(single[0].item(), rel=1e-6)
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(parameter.grad, packed_grads[name], rtol=1e-4, atol=1e-6)
+
+
+def _no_own_keys(original):
+    return lambda q, k, v, own_k, own_v, rows, segments: original(q, k, v, [], [], rows, segments)
+
+
+def _one_key_later(original):
+    def broken(q, k, v, own_k, own_v, rows, segments):
+        return original(q, k, v, own_k, own_v, rows + 1, segments)
+
+    return broken
+
+
+def _across_records(original):
+    def broken(q, k, v, own_k, own_v, rows, segments):
+        return original(q, k, v, own_k, own_v, rows, [(r, slice(0, t.stop)) for r, t in segments])
+
+    return broken
+
+
+@pytest.mark.parametrize("broken", [_no_own_keys, _one_key_later, _across_records])
+def test_the_comparison_notices_broken_attention(broken, monkeypatch):
+    monkeypatch.setattr(unroll_module, "attend", broken(unroll_module.attend))
+    draft, head, kept, dense, records = make(1.0, torch.float32)
+    ours(draft, head, kept, [pack(records, torch.float32)])
+    *_, weights = reference(draft, head, kept, dense)
+    assert difference(draft, weights) > 1e-3
+
+
+def test_the_comparison_notices_a_shifted_teacher(monkeypatch):
+    original = step_module.unroll
+
+    def shifted(draft, embedding, batch, steps):
+        done = original(draft, embedding, batch, steps)
+        return [
+            unroll_module.UnrolledStep(
+                rows_R=s.rows_R, hidden_RH=s.hidden_RH, teacher_R=(s.teacher_R - 1).clamp(min=0)
+            )
+            for s in done
+        ]
+
+    monkeypatch.setattr(step_module, "unroll", shifted)
+    draft, head, kept, dense, records = make(1.0, torch.float32)
+    ours(draft, head, kept, [pack(records, torch.float32)])
+    *_, weights = reference(draft, head, kept, dense)
+    assert difference(draft, weights) > 1e-3
+
+
+def test_a_batch_without_predictions_gives_zero():
+    draft, head, kept, _, records = make(0.0, torch.float32)
+    loss, _, counts, _ = ours(draft, head, kept, [pack(records, torch.float32)])
+    assert loss.item() == 0.0
+    assert counts.sum() == 0
