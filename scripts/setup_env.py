@@ -184,19 +184,19 @@ def make_ready() -> None:
     started = time.monotonic()
     for _ in range(2):
         mend(faults)
+        drop_unpinned(stamp.get("pins", []))
         faults = find_faults()
         if not faults:
             break
     else:
         raise SetupError(f"still wrong after two tries: {faults}", VENV, f"rm -rf {VENV}; make env")
-    drop_unpinned(stamp.get("pins", []))
     write_stamp(wanted)
     say(f"set-up: ready after {time.monotonic() - started:.0f} s")
 
 
 def explain(stamp: dict[str, Any], wanted: str, faults: Faults) -> str:
     if not VENV.exists():
-        return f"making {VENV.relative_to(ROOT)} with Python {sys.version.split()[0]} (about 3 GB, some minutes)"
+        return f"making {VENV.relative_to(ROOT)} with Python {sys.version.split()[0]} (about 3 GB, a few minutes)"
     if not stamp:
         return f"an earlier set-up did not finish ({faults or 'no stamp'}); going on with it"
     if stamp.get("inputs") != wanted and not faults.python and not faults.broken:
@@ -264,6 +264,9 @@ def write_stamp(inputs: str) -> None:
 # --- running things -------------------------------------------------------------------------------------------------
 
 
+lock_fds: list[int] = []  # filled by `lock`, inherited by what `run` starts
+
+
 def install(*what: str) -> None:
     # Nothing is compiled ahead: Python compiles what is imported, a fraction of the 20,000 files installed.
     run([str(PYTHON), "-m", "pip", "install", "-q", "--no-input", "--progress-bar=off", "--no-compile", *what])
@@ -272,7 +275,7 @@ def install(*what: str) -> None:
 def run(command: list[str]) -> None:
     """Run a command without the caller's Python settings; its output is shown only when it fails.
 
-    It inherits the lock, so that it keeps other set-ups out even when this process is killed and it is not."""
+    It inherits the lock: a pip that outlives a killed set-up still keeps the next one out."""
     unwanted = {"PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV"}
     env = {key: value for key, value in os.environ.items() if key not in unwanted}
     env["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
@@ -294,9 +297,6 @@ def run(command: list[str]) -> None:
             " ".join(command),
             "see above; most often the network or the disk (4 GB are needed). Then run again: what is there is kept",
         )
-
-
-lock_fds: list[int] = []
 
 
 @contextlib.contextmanager
@@ -368,9 +368,8 @@ def main() -> int:
         say(str(error))
         return 2
     except OSError as error:
-        say(
-            str(SetupError(error.strerror or str(error), error.filename, "check rights and disk space, then run again"))
-        )
+        fix = "check rights and disk space, then run again"
+        say(str(SetupError(error.strerror or str(error), error.filename, fix)))
         return 2
     except KeyboardInterrupt:
         say("set-up: interrupted; run again to go on")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -68,6 +70,7 @@ def join(tp_size: int) -> Ranks:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_memory()
     if not dist.is_initialized():
         if not is_rank():
             os.environ.update(
@@ -79,6 +82,16 @@ def join(tp_size: int) -> Ranks:
         groups = [dist.new_group(list(range(first, first + tp_size))) for first in range(0, world, tp_size)]
         group = groups[rank // tp_size]
     return Ranks(rank=rank, world=world, tp_size=tp_size, device=device, tp_group=group)
+
+
+def _keep_freed_memory() -> None:
+    """glibc hands blocks over 32 MB back at every free, and faults them in again at every use: activations on a CPU
+    are such blocks. Keeping them made large element-wise operations 3 to 4 times faster (benchmarks/LOG.md)."""
+    mmap_threshold, trim_threshold = -3, -1
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 1 << 33)
 
 
 def _free_port() -> int:
