@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specforge.records import TargetHead
 
 CHUNK = 256  # teacher rows
+MULTIPLE = 64  # rows are filled up to it with zeros of no weight: few shapes (unroll.py says why)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -46,21 +48,24 @@ class FusedCrossEntropy(torch.autograd.Function):
         best_M = torch.zeros(len(teacher_M), dtype=torch.int64, device=student_MH.device)
         grad_student_MH = torch.zeros_like(student_MH) if with_grad else None
         grad_head_DH = torch.zeros_like(head_DH, dtype=torch.float32) if with_grad else None
+        last_SH = F.pad(last_SH, (0, 0, 0, -len(last_SH) % CHUNK))
         for number, start in enumerate(starts):
             picked = order_M[bounds[number] : bounds[number + 1]]
-            if len(picked) == 0:
+            count, spare = len(picked), -len(picked) % MULTIPLE
+            if count == 0:
                 continue
             p_CD = target.logits(last_SH[start : start + CHUNK], teacher_head_DH).softmax(-1)
-            p_mD = p_CD[teacher_M[picked] - start]
-            student_mH = student_MH[picked]
-            logits_mD = torch.nn.functional.linear(student_mH, head_DH).float()
+            p_mD = p_CD[F.pad(teacher_M[picked] - start, (0, spare))]
+            student_mH = F.pad(student_MH[picked], (0, 0, 0, spare))
+            logits_mD = F.linear(student_mH, head_DH).float()
             lse_m = logits_mD.logsumexp(-1)
-            loss_M[picked] = lse_m - (p_mD * logits_mD).sum(-1)
-            best_M[picked] = logits_mD.argmax(-1)
+            loss_M[picked] = (lse_m - (p_mD * logits_mD).sum(-1))[:count]
+            best_M[picked] = logits_mD.argmax(-1)[:count]
             if grad_student_MH is not None and grad_head_DH is not None:
-                grad_mD = logits_mD.sub_(lse_m[:, None]).exp_().sub_(p_mD).mul_(weight_M[picked, None])
+                weight_m = F.pad(weight_M[picked], (0, spare))
+                grad_mD = logits_mD.sub_(lse_m[:, None]).exp_().sub_(p_mD).mul_(weight_m[:, None])
                 grad_mD = grad_mD.to(student_MH.dtype)
-                grad_student_MH[picked] = grad_mD @ head_DH
+                grad_student_MH[picked] = (grad_mD @ head_DH)[:count]
                 grad_head_DH += grad_mD.T @ student_mH
         if grad_student_MH is not None and grad_head_DH is not None:
             ctx.save_for_backward(grad_student_MH, grad_head_DH.to(head_DH.dtype))

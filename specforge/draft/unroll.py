@@ -13,6 +13,9 @@
 Only rows that count are computed: step i needs rows R_i = {t : depth[t] > i}, nested; step 0 needs keys and values of
 every token, but queries and the MLP only at R_0. This is exact: a row of step i + 1 reads nothing but its own earlier
 steps and the step-0 keys.
+
+Row counts differ at every step, and libraries compile a matrix product anew for each shape (milliseconds on a CPU). So
+rows are filled up to a multiple of 64 by repeating the last one; what these compute is dropped.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from specforge.draft.model import Eagle3Draft
 from specforge.records import FeatureBatch
 
 
+MULTIPLE = 64
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnrolledStep:
     """Step i of the rows that count."""
@@ -40,33 +46,44 @@ class UnrolledStep:
 
 def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int) -> list[UnrolledStep]:
     """All steps' hidden states; steps in which no row counts are empty."""
-    tokens_T, positions_T, depth_T = batch.token_ids, batch.positions, batch.depth
+    spare = -len(batch.token_ids) % MULTIPLE
+    tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
     next_token_T = torch.roll(tokens_T, -1)  # of a record's last token it is wrong, and read by no row that counts
-    feature_TH = draft.fc(batch.aux)
+    feature_TH = draft.fc(F.pad(batch.aux, (0, 0, 0, spare)))
     x_T2H = draft.attention_input(F.embedding(next_token_T, embedding_VH), feature_TH)
     keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
 
-    rows_R = torch.nonzero(depth_T > 0).squeeze(1)
+    rows_R, count = filled(torch.nonzero(depth_T > 0).squeeze(1))
     feature_RH, x_R2H = feature_TH[rows_R], x_T2H[rows_R]
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     done = []
     for i in range(steps):
         if i > 0:
-            inside_R = torch.nonzero(depth_T[rows_R] > i).squeeze(1)
+            inside_R, count = filled(torch.nonzero(depth_T[rows_R[:count]] > i).squeeze(1))
             rows_R, feature_RH = rows_R[inside_R], feature_RH[inside_R]
             x_R2H = draft.attention_input(F.embedding(tokens_T[rows_R + 1 + i], embedding_VH), feature_RH)
             key_RKE, value_RKE = draft.keys_values(x_R2H, positions_T[rows_R] + i)
             own_keys = [key[inside_R] for key in own_keys] + [key_RKE]
             own_values = [value[inside_R] for value in own_values] + [value_RKE]
         q_RNE = draft.queries(x_R2H, positions_T[rows_R] + i)
-        segments = record_segments(rows_R, batch.lengths)
+        segments = record_segments(rows_R[:count], batch.lengths)
         attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, rows_R, segments)
         feature_RH = draft.finish(feature_RH, attended_RNE)
         done.append(
-            UnrolledStep(rows_R=rows_R, hidden_RH=feature_RH, teacher_R=batch.teacher_index[rows_R + 1 + i])
+            UnrolledStep(
+                rows_R=rows_R[:count],
+                hidden_RH=feature_RH[:count],
+                teacher_R=batch.teacher_index[rows_R[:count] + 1 + i],
+            )
         )
     return done
+
+
+def filled(rows_R: Tensor) -> tuple[Tensor, int]:
+    """(rows filled up to a multiple of 64 by repeating the last, their own number)."""
+    count = len(rows_R)
+    return torch.cat([rows_R, rows_R[-1:].expand(-count % MULTIPLE if count else 0)]), count
 
 
 def record_segments(rows_R: Tensor, lengths: Sequence[int]) -> list[tuple[slice, slice]]:
