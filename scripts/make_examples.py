@@ -19,17 +19,20 @@ import yaml
 from specforge.data.split import words
 
 MIN_WORDS = 2
-TOPICS = """gravity; photosynthesis; the water cycle; volcanoes; earthquakes; black holes; the moon; vaccines; antibiotics;
-the heart; the brain; sleep; exercise; a balanced diet; stress; meditation; time management; public speaking; a job
-interview; writing a resume; saving money; compound interest; inflation; taxes; credit cards; the stock market; electric
-cars; solar power; wind energy; recycling; climate change; rainforests; coral reefs; whales; honey bees; dogs; cats;
-gardening; houseplants; baking bread; cooking rice; coffee; tea; chess; football; swimming; running a marathon; yoga;
-learning a language; reading more books; writing a poem; painting; the piano; jazz; classical music; photography; movies;
-travelling alone; packing a suitcase; Paris; Japan; ancient Egypt; the Roman Empire; the Renaissance; the printing press;
-the steam engine; the internet; computers; programming in Python; databases; machine learning; robots; encryption;
-passwords; email; social media; video games; friendship; teamwork; leadership; honesty; kindness; happiness; democracy;
-human rights; the law of supply and demand; probability; fractions; prime numbers; the Pythagorean theorem; atoms;
-electricity; magnets; light; sound; rainbows; thunderstorms; snow; deserts; rivers; mountains; oceans""".split(";")
+TOPICS = """gravity; photosynthesis; the water cycle; volcanoes; earthquakes; black holes; the moon; vaccines;
+antibiotics; the heart; the brain; sleep; exercise; a balanced diet; stress; meditation; time
+management; public speaking; a job interview; writing a resume; saving money; compound interest;
+inflation; taxes; credit cards; the stock market; electric cars; solar power; wind energy;
+recycling; climate change; rainforests; coral reefs; whales; honey bees; dogs; cats; gardening;
+houseplants; baking bread; cooking rice; coffee; tea; chess; football; swimming; running a marathon;
+yoga; learning a language; reading more books; writing a poem; painting; the piano; jazz; classical
+music; photography; movies; travelling alone; packing a suitcase; Paris; Japan; ancient Egypt; the
+Roman Empire; the Renaissance; the printing press; the steam engine; the internet; computers;
+programming in Python; databases; machine learning; robots; encryption; passwords; email; social
+media; video games; friendship; teamwork; leadership; honesty; kindness; happiness; democracy; human
+rights; the law of supply and demand; probability; fractions; prime numbers; the Pythagorean
+theorem; atoms; electricity; magnets; light; sound; rainbows; thunderstorms; snow; deserts; rivers;
+mountains; oceans""".split(";")
 QUESTIONS = (
     "Explain {} in two sentences.",
     "Give me three short tips about {}.",

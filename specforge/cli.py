@@ -1,4 +1,4 @@
-"""The command line: parse, call the pipeline, print. Flags are made from the settings classes; torch is not imported."""
+"""The command line: parse, call the pipeline, print. Flags are made from the settings classes; no torch at start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _flag_type(annotation: Any) -> Any:
     return annotation
 
 
-def _add_command(name: str, settings: type[config.Settings]) -> None:
+def _add_command(name: str, settings: Any) -> None:
     """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override."""
 
     def run(**given: Any) -> None:
@@ -81,6 +81,16 @@ def execute(
         return _fail("stopped by hand; the same command goes on from what was committed", 130, debug=False)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
+
+
+def fail(error: SpecforgeError) -> int:
+    """For entries that check something of their own: the one message, and its exit code."""
+    return _fail(str(error), 2, debug=False)
+
+
+def world_size() -> int:
+    """Ranks of this run as torchrun or deepspeed started it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

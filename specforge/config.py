@@ -42,7 +42,9 @@ class PrepareDataSettings(DataSettings):
     """Conversations in, exact tokens and loss masks out, split into train and test."""
 
     dataset: str = Field(..., description="a JSONL file of conversations")
-    model_path: str = Field(..., description="the target, for its tokenizer and chat template")
+    model_path: str | None = Field(
+        None, description="the target, for its tokenizer and chat template; without it conversations stay text"
+    )
     output: Path = Field(Path("cache/dataset/prepared"), description="folder for train.jsonl and test.jsonl")
     test_share: float = Field(0.05, gt=0, lt=1, description="share of the prompts held out")
     seed: int = Field(0, description="chooses the held-out prompts")
@@ -65,6 +67,7 @@ class TrainSettings(EngineSettings, DataSettings):
     features: Path | None = Field(None, description="folder that prepare-hidden wrote")
     online: bool = Field(False, description="capture from the live target while training; nothing goes to disk")
     data: Path = Field(Path("cache/dataset/prepared"), description="with --online: a prepared folder or JSONL file")
+    test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
     deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
     draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
@@ -129,7 +132,9 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"the settings file cannot be read: {error}", where=str(file), fix="give a YAML file of KEY: VALUE lines"
+                f"the settings file cannot be read: {error}",
+                where=str(file),
+                fix="give a YAML file of KEY: VALUE lines",
             ) from error
         if not isinstance(values, dict):
             raise ConfigError("the settings file is no mapping", where=str(file), fix="write KEY: VALUE lines")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +51,17 @@ def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        transient=not console.is_terminal,
+        transient=True,
         disable=not is_main_rank(),
     )
-    with bar:
-        bar.add_task(title, total=total, rate="")
+    bar.add_task(title, total=total, rate="")
+    if console.is_terminal:
+        with bar:
+            yield bar
+    else:
+        began = time.monotonic()
         yield bar
+        say(f"{title}: {total:,} {unit} in {time.monotonic() - began:.0f} s  {bar.tasks[0].fields['rate']}")
 
 
 def advance(bar: Progress, amount: int, note: str = "") -> None:

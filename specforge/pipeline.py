@@ -12,16 +12,22 @@ import torch
 import torch.distributed as dist
 
 from specforge import console, launch
+from specforge import demo as demonstration
+from specforge import doctor as doctoring
 from specforge.config import (
     BenchmarkSettings,
+    DemoSettings,
+    DoctorSettings,
     PrepareDataSettings,
     PrepareHiddenSettings,
     RegenerateSettings,
     TrainSettings,
 )
 from specforge.console import advance, is_main_rank, progress, say
-from specforge.data import formats, prepared, regenerate as regeneration, split as splitting, vocab
-from specforge.data.tokenize import ChatTokenizer
+from specforge.data import formats, prepared, vocab
+from specforge.data import regenerate as regeneration
+from specforge.data import split as splitting
+from specforge.data.tokenize import ChatTokenizer, require_supervised
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
@@ -34,15 +40,19 @@ from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Manifest, Store, StoreWriter, check_space
 from specforge.files import replacing, write_json
 from specforge.records import Acceptance, Example, Ranks, RecordSource, TargetEngine, TargetInfo
-from specforge.target import engine as engines, weights
+from specforge.target import engine as engines
+from specforge.target import weights
 from specforge.train import checkpoint
-from specforge.train.loop import Run, train as run_training
+from specforge.train.loop import Run, Slots
+from specforge.train.loop import train as run_training
 from specforge.train.optimizer import DraftOptimizer, deepspeed_config
 
 
 def prepare_data(settings: PrepareDataSettings) -> int | None:
     _refuse_foreign(settings.output, "report.json")
-    tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
+    tokenizer = None
+    if settings.model_path:
+        tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     report = formats.ReadReport()
     read = formats.read_conversations(Path(settings.dataset), report)
     unique = splitting.without_exact_duplicates(read)
@@ -51,21 +61,27 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
     report.dropped["exact duplicate"] = len(read) - len(unique)
     report.dropped["near-duplicate of a held-out conversation"] = len(train) - len(clean)
     content: dict[str, Any] = {}
+    ready: dict[str, list[dict[str, Any]]] = {}
     for name, conversations in (("train", clean), ("test", test)):
+        if tokenizer is None:
+            ready[name] = [formats.to_row(conversation) for conversation in conversations]
+            content[name] = {"conversations": len(conversations)}
+            continue
         pairs = prepared.tokenize(conversations, tokenizer, settings.max_length, report)
-        prepared.require_supervised([example for example, _ in pairs], settings.dataset)
-        with replacing(settings.output / f"{name}.jsonl") as file:
-            for example, conversation in pairs:
-                file.write(json.dumps(prepared.example_row(example, conversation)) + "\n")
+        require_supervised([example for example, _ in pairs], settings.dataset)
+        ready[name] = [prepared.example_row(example, conversation) for example, conversation in pairs]
         tokens = sum(len(example.token_ids) for example, _ in pairs)
         supervised = sum(int(example.loss_mask.sum()) for example, _ in pairs)
         content[name] = {"conversations": len(pairs), "tokens": tokens, "supervised_tokens": supervised}
+    for name, rows in ready.items():  # nothing is written before both splits are known to be good
+        with replacing(settings.output / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content |= {
         "rows": report.rows,
         "dropped": report.dropped,
         "broken_lines": report.broken_lines,
-        "tokenizer_hash": tokenizer.fingerprint,
-        "template_hash": tokenizer.template_fingerprint,
+        "tokenizer_hash": tokenizer.fingerprint if tokenizer else None,
+        "template_hash": tokenizer.template_fingerprint if tokenizer else None,
         "settings": settings.model_dump(mode="json"),
     }
     write_json(settings.output / "report.json", content)
@@ -73,7 +89,7 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
         say(f"{name:>5}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in content[name].items()))
     dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
     say(f"of {report.rows:,} rows; dropped: {dropped or 'none'}")
-    say(f"next: specforge prepare-hidden --model-path {settings.model_path} --data {settings.output}")
+    say(f"next: specforge prepare-hidden --model-path {settings.model_path or 'TARGET'} --data {settings.output}")
     return None
 
 
@@ -194,7 +210,7 @@ def train(settings: TrainSettings) -> int | None:
         counted = stores["train"].tokens_and_masks()
     else:
         layers = engines.aux_layers_of(settings, info)
-        splits = prepared.load_splits(settings.data, tokenizer, settings.max_length)
+        splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, test=settings.test_data)
         _check_lengths(splits, settings.tokens_per_batch)
         data_hash = prepared.data_hash(splits["train"])
         counted = ((example.token_ids, example.loss_mask) for example in splits["train"])
@@ -224,9 +240,7 @@ def train(settings: TrainSettings) -> int | None:
     config = DraftConfig.for_target(info, layers, len(kept_D), settings.draft_intermediate_size)
     draft = Eagle3Draft(config)
     draft.initialise(head, kept_D.cpu(), settings.seed)
-    step = DraftStep(
-        draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay
-    )
+    step = DraftStep(draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay)
     optimizer = DraftOptimizer(step, ds_config, ranks)
     if state is not None and tensors is not None:
         optimizer.load_state(tensors, state.updates)
@@ -241,7 +255,7 @@ def train(settings: TrainSettings) -> int | None:
         batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
         return teacher_forced(draft.eval(), head.embedding_VH.to(ranks.device), kept_D, batches, settings.steps)
 
-    def plan(epoch: int) -> list[list[list[list[int]]]]:
+    def plan(epoch: int) -> Slots:
         rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
         return share_out(rows, settings.rows_per_step, ranks.world)
 
@@ -360,7 +374,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
 def _start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path) -> TargetEngine:
     console.quiet(log_folder / _log_name())
     engine = engines.load(settings, info, ranks)
-    say(f"target {info.path} in {engine.name}, {engine.dtype}, on {ranks.world} rank(s) of tensor parallel {ranks.tp_size}")
+    say(f"target {info.path} in {engine.name}, {engine.dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
     return engine
 
 
@@ -464,3 +478,12 @@ def _say_serving(draft: Path, model_path: str, steps: int) -> None:
         f"--speculative-draft-model-path {draft} --speculative-num-steps {min(steps, 3)} "
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {min(steps, 3) + 1}"
     )
+
+
+def demo(settings: DemoSettings) -> int | None:
+    demonstration.run(settings)
+    return None
+
+
+def doctor(settings: DoctorSettings) -> int | None:
+    return doctoring.report()

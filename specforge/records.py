@@ -12,7 +12,7 @@ Legend of shape suffixes, used all over the project:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -141,7 +141,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     tp_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tp_group: ProcessGroup | None = None  # the ranks of this replica; None where that is the whole world
 
     @property

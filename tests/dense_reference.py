@@ -46,7 +46,7 @@ def step_losses(w, config, embedding_VH, head_VH, kept, records, steps):
             position = torch.arange(total) + i
 
             def project(name, count, x=x):
-                return (x @ w[f"midlayer.self_attn.{name}_proj.weight"].T).view(total, count, dim)
+                return (x @ w[f"midlayer.self_attn.{name}_proj.weight"].T).view(len(x), count, dim)
 
             q = rotate(project("q", heads), position, theta)
             all_keys.append(rotate(project("k", kv_heads), position, theta).repeat_interleave(heads // kv_heads, 1))

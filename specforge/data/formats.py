@@ -12,6 +12,7 @@ from specforge.errors import DataError
 from specforge.records import Conversation, Message
 
 ROLES = {"system", "user", "assistant", "tool"}
+HUB_NAMES = {"ultrachat", "sharegpt", "mix"}
 MAX_BROKEN_SHARE = 0.01
 
 
@@ -29,6 +30,12 @@ class ReadReport:
 
 def read_rows(path: Path, report: ReadReport) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, line by line. Broken lines are counted; over 1 % of them raises DataError."""
+    if str(path) in HUB_NAMES:
+        raise DataError(
+            f"'{path}' names a data set on the hub; fetching by name is not built yet",
+            where=f"--dataset {path}",
+            fix="download it and give it as JSONL of conversations",
+        )
     try:
         file = path.open(encoding="utf-8", errors="strict")
     except OSError as error:
@@ -97,8 +104,6 @@ def read_conversations(path: Path, report: ReadReport, needed: str = "assistant"
         raise DataError(
             f"no conversation with such a turn ({needed}) among {report.rows} rows ({report.dropped})",
             where=str(path),
-            fix='each line: {"id": ..., "conversations": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}',
+            fix='each line: {"conversations": [{"role": "user", "content": ...}, ...]}',
         )
     return kept
-
-

@@ -14,7 +14,6 @@ from specforge.data.tokenize import ChatTokenizer, require_supervised
 from specforge.errors import DataError
 from specforge.records import Conversation, Example
 
-
 HOLD_OUT_EVERY = 20
 
 
@@ -29,7 +28,7 @@ def example_row(example: Example, conversation: Conversation) -> dict[str, Any]:
 def tokenize(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, max_length: int, report: ReadReport
 ) -> list[tuple[Example, Conversation]]:
-    pairs = []
+    pairs = list[tuple[Example, Conversation]]()
     for conversation in conversations:
         example = tokenizer.example(conversation, len(pairs), max_length)
         if isinstance(example, str):
@@ -74,17 +73,19 @@ def _to_example(
             token_ids=np.asarray(ids[:max_length], dtype=np.int32),
             loss_mask=np.asarray(mask[:max_length], dtype=np.bool_),
         )
+    if isinstance(row.get("text"), str):
+        return tokenizer.preformatted(row["text"], sample_id, max_length)
     conversation = to_conversation(row, default_id)
     return conversation if isinstance(conversation, str) else tokenizer.example(conversation, sample_id, max_length)
 
 
 def load_splits(
-    path: Path, tokenizer: ChatTokenizer, max_length: int, limit: int | None = None
+    path: Path, tokenizer: ChatTokenizer, max_length: int, limit: int | None = None, test: Path | None = None
 ) -> dict[str, list[Example]]:
-    """{"train": ..., "test": ...} of a prepared folder. Of a single file, every 20th example is held out."""
-    if path.is_dir():
-        names = ("train", "test")
-        return {name: load_examples(path / f"{name}.jsonl", tokenizer, max_length, limit) for name in names}
+    """{"train": ..., "test": ...} of a prepared folder, or of two files. Of a single file, every 20th is held out."""
+    if path.is_dir() or test is not None:
+        files = {"train": path, "test": test} if test else {name: path / f"{name}.jsonl" for name in ("train", "test")}
+        return {name: load_examples(file, tokenizer, max_length, limit) for name, file in files.items() if file}
     examples = load_examples(path, tokenizer, max_length, limit)
     held_out = range(min(HOLD_OUT_EVERY, len(examples)) - 1, len(examples), HOLD_OUT_EVERY)
     train = [example for at, example in enumerate(examples) if at not in held_out]

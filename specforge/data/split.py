@@ -36,7 +36,7 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(train, test): by a seeded hash of the prompt, so a row's side does not depend on the other rows."""
     bound = int(test_share * 2**64)
-    train, test = [], []
+    train, test = list[Conversation](), list[Conversation]()
     for conversation in conversations:
         held_out = xxhash.xxh3_64_intdigest(prompt_key(conversation).encode(), seed=seed) < bound
         (test if held_out else train).append(conversation)
@@ -59,7 +59,7 @@ def shingles(conversation: Conversation) -> set[int]:
 
 
 def without_leaks(train: Sequence[Conversation], test: Sequence[Conversation]) -> list[Conversation]:
-    """The training conversations that are no near-duplicate of a held-out one. Linear: only the test side is indexed."""
+    """The training conversations that are no near-duplicate of a held-out one. Linear in both."""
     index: dict[int, list[int]] = defaultdict(list)
     for row, conversation in enumerate(test):
         for shingle in shingles(conversation):

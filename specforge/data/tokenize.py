@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 from specforge.errors import ConfigError, DataError
 from specforge.records import Conversation, Example
 
+ALIASES = {"llama3", "llama4", "qwen", "qwen3", "phi3", "phi4", "mistral", "gemma", "deepseek", "gpt-oss"}
+
 
 class ChatTokenizer:
     """A target's tokenizer and chat template."""
@@ -32,6 +34,8 @@ class ChatTokenizer:
                 where=f"--model-path {model_path}",
                 fix="add its tokenizer.json to the folder",
             )
+        if chat_template in ALIASES and self.tokenizer.chat_template:
+            chat_template = None  # a short name: what ships with the target is that template, exactly
         if chat_template is not None:
             self.tokenizer.chat_template = _template_text(chat_template)
         if not self.tokenizer.chat_template:
@@ -51,9 +55,7 @@ class ChatTokenizer:
         return xxhash.xxh3_128_hexdigest(str(self.tokenizer.chat_template).encode())
 
     def render(self, messages: Sequence[dict[str, str]], open_turn: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
-        )
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Tokens up to and including the header of the first assistant turn."""
@@ -79,6 +81,24 @@ class ChatTokenizer:
         spans, text = self._spans(messages)
         if not spans:
             return "the template hides or rewrites a turn"
+        return self._masked(text, spans, sample_id, max_length)
+
+    def preformatted(self, text: str, sample_id: int, max_length: int) -> Example | str:
+        """The same for text that already went through the template. A turn stands between the template's assistant
+        header and its end of turn; text without both is refused."""
+        turn = [{"role": "user", "content": "a"}]
+        closed, opened = self.render(turn), self.render(turn, open_turn=True)
+        header = opened[len(closed) :] if opened.startswith(closed) else ""
+        spans, special, at = list[tuple[int, int]](), self._special_texts(), 0
+        while header and (at := text.find(header, at)) >= 0:
+            start = at + len(header)
+            at = _end_of_turn(text, start, special)
+            if at > start:
+                spans.append((start, at))
+        return self._masked(text, spans, sample_id, max_length) if spans else "text without a whole assistant turn"
+
+    def _masked(self, text: str, spans: list[tuple[int, int]], sample_id: int, max_length: int) -> Example | str:
+        """One tokenization; a token is supervised where it lies wholly inside a span."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         start_T, end_T = np.asarray(encoded["offset_mapping"], dtype=np.int64).T
         mask_T = np.zeros(len(start_T), dtype=np.bool_)

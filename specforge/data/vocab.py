@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def count_supervised(
-    rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]], vocab_size: int
-) -> NDArray[np.int64]:
+def count_supervised(rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]], vocab_size: int) -> NDArray[np.int64]:
     """[V] how often each token is supervised, over (token_ids [T], loss_mask [T]) pairs."""
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     for token_ids_T, loss_mask_T in rows:

@@ -1,1 +1,1 @@
-"""The EAGLE-3 draft: one decoder layer over the target's hidden states, its unrolled training step, its form on disk."""
+"""The EAGLE-3 draft: one decoder layer over the target's hidden states, its unrolled training step, its folder."""

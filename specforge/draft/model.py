@@ -108,7 +108,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Midlayer(nn.Module):
@@ -162,4 +162,4 @@ class Eagle3Draft(nn.Module):
     def finish(self, feature_RH: Tensor, attended_RNE: Tensor) -> Tensor:
         """The layer's output [R, H]: this step's hidden state and the next step's feature."""
         hidden_RH = feature_RH + self.midlayer.self_attn.o_proj(attended_RNE.flatten(1))
-        return hidden_RH + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden_RH))  # type: ignore[no-any-return]
+        return hidden_RH + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden_RH))

@@ -31,7 +31,6 @@ from specforge.draft.attention import attend
 from specforge.draft.model import Eagle3Draft
 from specforge.records import FeatureBatch
 
-
 MULTIPLE = 64
 
 

@@ -1,7 +1,7 @@
 """Real speculative decoding at temperature 0, in process: a chain of drafts, verified by the target in one pass.
 
-KV caches on both sides. A pass of the target takes the newest token and the drafts, and gives its own choice after each:
-drafts are accepted up to the first that differs, and the target's own choice follows them. So the text is the target's
+KV caches on both sides. A pass of the target takes the newest token and the drafts, and gives its own choice after
+each: drafts are accepted up to the first that differs, and its own choice follows them. So the text is the target's
 greedy text, whatever the draft says; `compare` holds it against plain greedy decoding.
 """
 
@@ -119,9 +119,7 @@ class ChainDrafter:
                 own_keys.append(key_1KE)
                 own_values.append(value_1KE)
             q_1NE = draft.queries(x_12H, self._row_1 + i)
-            attended_1NE = attend(
-                q_1NE, self._keys_TKE, self._values_TKE, own_keys, own_values, self._row_1, segments
-            )
+            attended_1NE = attend(q_1NE, self._keys_TKE, self._values_TKE, own_keys, own_values, self._row_1, segments)
             feature_1H = draft.finish(feature_1H, attended_1NE)
             best = draft.lm_head(draft.norm(feature_1H)).argmax(-1)
             proposed.append(int(self._kept_D[best]))

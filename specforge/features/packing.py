@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 WINDOW = 1024  # records among which the best fit is sought
 
-Row = list[int]  # record indices
+Row = Sequence[int]  # record indices
 
 
 def pack_rows(lengths: NDArray[np.int64], row_tokens: int, seed: int, epoch: int) -> list[Row]:
@@ -19,7 +19,7 @@ def pack_rows(lengths: NDArray[np.int64], row_tokens: int, seed: int, epoch: int
     arguments, so every number of ranks trains on the same rows in the same order."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
-    rows: list[Row] = []
+    rows: list[list[int]] = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
         first, room = len(rows), list[int]()

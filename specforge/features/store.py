@@ -269,7 +269,7 @@ def _offsets(counts: Sequence[int]) -> Tensor:
 def _describe(record: dict[str, Tensor]) -> dict[str, Any]:
     digest = xxhash.xxh3_64()
     for key in sorted(record):
-        digest.update(record[key].reshape(-1).view(torch.uint8).numpy())
+        digest.update(record[key].reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
         "sample_id": int(record["sample_ids"][0]),
         "tokens": len(record["input_ids"]),

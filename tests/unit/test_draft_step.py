@@ -105,7 +105,10 @@ def test_equals_dense_reference(supervised, dtype, bound):
     assert hits.tolist() == want_hits
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     torch.testing.assert_close(
-        sums, torch.tensor([float(s) if isinstance(s, float) else s.item() for s in want_sums], dtype=sums.dtype), rtol=1e-5, atol=1e-5
+        sums,
+        torch.tensor([float(s) if isinstance(s, float) else s.item() for s in want_sums], dtype=sums.dtype),
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert difference(draft, weights) < bound
 
@@ -155,9 +158,7 @@ def test_the_comparison_notices_a_shifted_teacher(monkeypatch):
     def shifted(draft, embedding, batch, steps):
         done = original(draft, embedding, batch, steps)
         return [
-            unroll_module.UnrolledStep(
-                rows_R=s.rows_R, hidden_RH=s.hidden_RH, teacher_R=(s.teacher_R - 1).clamp(min=0)
-            )
+            unroll_module.UnrolledStep(rows_R=s.rows_R, hidden_RH=s.hidden_RH, teacher_R=(s.teacher_R - 1).clamp(min=0))
             for s in done
         ]
 

@@ -85,7 +85,7 @@ class SglangEngine:
     ) -> list[list[int]]:
         answers: list[list[int]] = []
         while len(answers) < len(prompts):
-            group, room = [], self.tokens_per_batch
+            group, room = list[Sequence[int]](), self.tokens_per_batch
             for prompt in prompts[len(answers) : len(answers) + MAX_REQUESTS]:
                 room -= len(prompt) + max_new_tokens
                 if room < 0 and group:
@@ -134,9 +134,7 @@ class SglangEngine:
         if not torch.isfinite(states).all():
             raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype bfloat16")
         if int(self._hook.top1[-1]) != emitted:
-            raise EngineError(
-                "argmax(lm_head(last)) is not the token that SGLang emits", where=self.info.path, fix=fix
-            )
+            raise EngineError("argmax(lm_head(last)) is not the token that SGLang emits", where=self.info.path, fix=fix)
         if self._ranks.tp_size > 1:
             group = self._ranks.tp_group
             every = [torch.empty_like(states) for _ in range(self._ranks.tp_size)]

@@ -1,0 +1,25 @@
+"""The historical command. `specforge prepare-data` is the same with more to say.
+
+python scripts/prepare_data.py --dataset ultrachat | sharegpt | FILE.jsonl [--output-path FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from specforge import cli, config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output-path", type=Path)
+    options = parser.parse_args()
+    output = options.output_path or Path("cache/dataset") / Path(options.dataset).stem
+    return cli.execute("prepare-data", config.PrepareDataSettings, {"dataset": options.dataset, "output": output})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

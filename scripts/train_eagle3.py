@@ -1,0 +1,60 @@
+"""The historical command. `specforge train --online` is the same with more settings.
+
+deepspeed scripts/train_eagle3.py --deepspeed_config ds_config.json \
+    [--basepath M --cache_dir C --savedir S --trainpath A --testpath B]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from specforge import cli, config
+from specforge.errors import DataError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_config.json"))
+    parser.add_argument("--basepath", default="meta-llama/Llama-3.1-8B-Instruct", help="the target")
+    parser.add_argument("--cache_dir", type=Path, default=Path("./data_cache"), help="where prepared data lies")
+    parser.add_argument("--savedir", type=Path, default=Path("./checkpoints"))
+    parser.add_argument("--trainpath", type=Path, help="JSONL (default: train.jsonl of the mixed data in cache_dir)")
+    parser.add_argument("--testpath", type=Path, help="JSONL (default: every 20th training row is held out)")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by deepspeed")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--draft_vocab_size", type=int, default=32000)
+    options = parser.parse_args()
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    mixed = options.cache_dir / "mix"
+    given = {
+        "online": True,
+        "model_path": options.basepath,
+        "data": options.trainpath or mixed,
+        "test_data": options.testpath,
+        "output": options.savedir,
+        "deepspeed_config": options.deepspeed_config,
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "max_length": options.max_length,
+        "row_tokens": options.max_length,
+        "rows_per_step": cli.world_size(),
+        "draft_vocab_size": options.draft_vocab_size,
+    }
+    if options.trainpath is None and not mixed.is_dir():
+        return cli.fail(
+            DataError(
+                "the mixed data set is not prepared, and fetching it from the hub is not built yet",
+                where=str(mixed),
+                fix="give conversations as JSONL with --trainpath",
+            )
+        )
+    return cli.execute("train", config.TrainSettings, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
