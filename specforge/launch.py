@@ -28,18 +28,22 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(count: int) -> int | None:
-    """Run this very command as `count` ranks and return their exit code; None where this process is the rank.
+def start_ranks(tp_size: int) -> int | None:
+    """Run this very command as one rank for each GPU (on a CPU: as `tp_size` ranks) and return its exit code; None
+    where this process is a rank already, or the only one.
 
-    Raises ConfigError where the machine has fewer devices than ranks."""
-    if is_rank() or count == 1:
+    Raises ConfigError where the machine has fewer devices than a replica needs."""
+    if is_rank():
         return None
-    if count > device_count():
+    if tp_size > device_count():
         raise ConfigError(
-            f"{count} ranks need {count} devices, this machine has {device_count()}",
-            where=f"--tp-size {count}",
+            f"{tp_size} ranks need {tp_size} devices, this machine has {device_count()}",
+            where=f"--tp-size {tp_size}",
             fix="lower it, or start the command with torchrun on several machines",
         )
+    count = device_count() // tp_size * tp_size if torch.cuda.is_available() else tp_size
+    if count == 1:
+        return None
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

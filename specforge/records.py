@@ -192,6 +192,15 @@ class Acceptance:
         """Share of the teachers that the draft vocabulary holds."""
         return self.known / self.rows[0] if self.rows and self.rows[0] else 0.0
 
+    def as_json(self) -> dict[str, object]:
+        return {
+            "acceptance_length": self.length,
+            "walk_length": self.walk_length,
+            "acceptance_by_position": self.share,
+            "coverage": self.coverage,
+            "predictions": self.rows[0],
+        }
+
 
 class DecodeSession(Protocol):
     """One sequence in the target with its KV cache."""

@@ -45,20 +45,23 @@ def plain(engine: TargetEngine, prompt: Sequence[int], max_new_tokens: int, stop
     return Decoded(tokens=tokens, passes=len(tokens) - 1, seconds=time.perf_counter() - began, near_ties=ties)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """A draft with what it shares with its target, and the length of its chain."""
+
+    draft: Eagle3Draft
+    embedding_VH: Tensor
+    kept_D: Tensor
+    steps: int
+
+
 def speculative(
-    engine: TargetEngine,
-    draft: Eagle3Draft,
-    embedding_VH: Tensor,
-    kept_D: Tensor,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    steps: int,
+    engine: TargetEngine, drafting: Drafting, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Decoded:
-    """A chain of up to `steps` drafts a pass."""
-    began, passes = time.perf_counter(), 0
+    """A chain of up to `drafting.steps` drafts a pass."""
+    began, passes, steps = time.perf_counter(), 0, drafting.steps
     session = engine.session(len(prompt) + max_new_tokens * (steps + 1))
-    drafter = ChainDrafter(draft, embedding_VH, kept_D)
+    drafter = ChainDrafter(drafting)
     logits_nV, aux_nA = session.extend(prompt)
     tokens = [int(logits_nV[-1].argmax())]
     drafter.see(aux_nA, [*prompt[1:], tokens[0]])
@@ -83,8 +86,8 @@ def speculative(
 class ChainDrafter:
     """The draft beside its target: step-0 keys and values of every token seen, made from the target's real states."""
 
-    def __init__(self, draft: Eagle3Draft, embedding_VH: Tensor, kept_D: Tensor) -> None:
-        self._draft, self._embedding_VH, self._kept_D = draft, embedding_VH, kept_D
+    def __init__(self, drafting: Drafting) -> None:
+        self._draft, self._embedding_VH, self._kept_D = drafting.draft, drafting.embedding_VH, drafting.kept_D
         self._keys_TKE: Tensor | None = None
         self._values_TKE: Tensor | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import torch
 
@@ -19,7 +20,9 @@ def sglang_problem() -> str | None:
     if importlib.util.find_spec("sglang") is None:
         return "sglang is not installed"
     try:
-        from specforge.target.sglang import names  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it lacks of CUDA
+            from specforge.target.sglang import names  # noqa: F401
     except Exception as error:  # an import of SGLang's can fail in any way
         return f"sglang does not import: {type(error).__name__}: {error}"
     return None

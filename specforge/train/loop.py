@@ -18,6 +18,7 @@ from specforge.config import TrainSettings
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.draft import folder as draft_folder
 from specforge.draft.step import DraftStep, StepResult
+from specforge.files import replacing
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource
 from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
@@ -52,9 +53,10 @@ def train(run: Run) -> Acceptance:
     steps_per_epoch = len(run.plan(0))
     total = steps_per_epoch * settings.epochs
     best: Acceptance | None = None
+    _trim_log(run)
     if state.updates == 0:
         untrained = run.evaluate()
-        _log(run, {"epoch": 0, "held_out": _describe(untrained)})
+        _log(run, {"epoch": 0, "held_out": untrained.as_json()})
         say(f"untrained  held-out acceptance length {untrained.length:.3f}")
     while state.epoch < settings.epochs:
         steps = run.plan(state.epoch)[state.step_in_epoch :]
@@ -73,7 +75,7 @@ def train(run: Run) -> Acceptance:
         better = acceptance.length > state.best_length
         if better:
             state.best_length, state.best_epoch, best = acceptance.length, state.epoch, acceptance
-        _log(run, {"epoch": state.epoch, "held_out": _describe(acceptance)})
+        _log(run, {"epoch": state.epoch, "held_out": acceptance.as_json()})
         say(
             f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
             f"(walk {acceptance.walk_length:.3f})  per position "
@@ -141,14 +143,19 @@ def _save(run: Run, best: bool = False) -> None:
     dist.barrier()
 
 
-def _describe(acceptance: Acceptance) -> dict[str, Any]:
-    return {
-        "acceptance_length": acceptance.length,
-        "walk_length": acceptance.walk_length,
-        "acceptance_by_position": acceptance.share,
-        "coverage": acceptance.coverage,
-        "predictions": acceptance.rows[0] if acceptance.rows else 0,
-    }
+def _trim_log(run: Run) -> None:
+    """A resumed run repeats the steps after its checkpoint: their old lines go."""
+    path = run.output / "metrics.jsonl"
+    if not is_main_rank() or not path.exists():
+        return
+    state = run.state
+    rows = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1:] == "\n"
+    ]
+    with replacing(path) as file:
+        for row in rows if state.updates else []:
+            if row["epoch"] <= state.epoch if "held_out" in row else row["step"] <= state.updates:
+                file.write(json.dumps(row) + "\n")
 
 
 def _log(run: Run, row: dict[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""Conversations in, exact tokens and masks out; answers by the target itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specforge import launch
+from specforge.config import (
+    PrepareDataSettings,
+    RegenerateSettings,
+)
+from specforge.console import advance, progress, say
+from specforge.data import formats, prepared
+from specforge.data import regenerate as regeneration
+from specforge.data import split as splitting
+from specforge.data.tokenize import ChatTokenizer, require_supervised
+from specforge.files import replacing, write_json
+from specforge.pipeline.shared import refuse_foreign, start_engine
+from specforge.target import weights
+
+
+def prepare_data(settings: PrepareDataSettings) -> int | None:
+    refuse_foreign(settings.output, "report.json")
+    tokenizer = None
+    if settings.model_path:
+        tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
+    report = formats.ReadReport()
+    read = formats.read_conversations(Path(settings.dataset), report)
+    unique = splitting.without_exact_duplicates(read)
+    train, test = splitting.split(unique, settings.test_share, settings.seed)
+    clean = splitting.without_leaks(train, test)
+    report.dropped["exact duplicate"] = len(read) - len(unique)
+    report.dropped["near-duplicate of a held-out conversation"] = len(train) - len(clean)
+    content: dict[str, Any] = {}
+    ready: dict[str, list[dict[str, Any]]] = {}
+    for name, conversations in (("train", clean), ("test", test)):
+        if tokenizer is None:
+            ready[name] = [formats.to_row(conversation) for conversation in conversations]
+            content[name] = {"conversations": len(conversations)}
+            continue
+        pairs = prepared.tokenize(conversations, tokenizer, settings.max_length, report)
+        require_supervised([example for example, _ in pairs], settings.dataset)
+        ready[name] = [prepared.example_row(example, conversation) for example, conversation in pairs]
+        tokens = sum(len(example.token_ids) for example, _ in pairs)
+        supervised = sum(int(example.loss_mask.sum()) for example, _ in pairs)
+        content[name] = {"conversations": len(pairs), "tokens": tokens, "supervised_tokens": supervised}
+    for name, rows in ready.items():  # nothing is written before both splits are known to be good
+        with replacing(settings.output / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content |= {
+        "rows": report.rows,
+        "dropped": report.dropped,
+        "broken_lines": report.broken_lines,
+        "tokenizer_hash": tokenizer.fingerprint if tokenizer else None,
+        "template_hash": tokenizer.template_fingerprint if tokenizer else None,
+        "settings": settings.model_dump(mode="json"),
+    }
+    write_json(settings.output / "report.json", content)
+    for name in ("train", "test"):
+        say(f"{name:>5}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in content[name].items()))
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
+    say(f"of {report.rows:,} rows; dropped: {dropped or 'none'}")
+    say(f"next: specforge prepare-hidden --model-path {settings.model_path or 'TARGET'} --data {settings.output}")
+    return None
+
+
+def regenerate(settings: RegenerateSettings) -> int | None:
+    report = formats.ReadReport()
+    asked = formats.read_conversations(settings.prompts, report, needed="user")
+    tokenizer = ChatTokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
+    info = weights.describe(settings.model_path, settings.trust_remote_code)
+    engine = start_engine(settings, info, launch.join(settings.tp_size), settings.output.parent)
+    kept = 0
+    with replacing(settings.output) as file, progress("answering", len(asked), "prompts") as bar:
+        for batch in regeneration.answer(engine, tokenizer, asked, settings.max_new_tokens, settings.batch_size):
+            for conversation in batch:
+                if conversation is not None:
+                    file.write(json.dumps(formats.to_row(conversation), ensure_ascii=False) + "\n")
+                    kept += 1
+            advance(bar, len(batch))
+    say(f"{kept} of {len(asked)} answers ended within {settings.max_new_tokens} tokens and were kept")
+    say(f"next: specforge prepare-data --dataset {settings.output} --model-path {settings.model_path}")
+    return None

@@ -1,0 +1,152 @@
+"""What a draft is worth: teacher-forced acceptance and real decoding."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from specforge import launch
+from specforge.config import (
+    BenchmarkSettings,
+)
+from specforge.console import say, tracked
+from specforge.data import prepared
+from specforge.data.tokenize import ChatTokenizer
+from specforge.draft import folder as draft_folder
+from specforge.errors import CheckpointError, ConfigError
+from specforge.evaluate import decode
+from specforge.evaluate.acceptance import teacher_forced
+from specforge.evaluate.decode import Drafting
+from specforge.features.packing import pack_rows
+from specforge.features.sources import LiveSource, StoreSource, held_out_batches
+from specforge.features.store import Store
+from specforge.files import write_json
+from specforge.pipeline.shared import check_lengths, check_target, say_serving, start_engine
+from specforge.records import RecordSource, TargetEngine
+from specforge.target import weights
+
+
+def benchmark(settings: BenchmarkSettings) -> int | None:
+    config = draft_folder.load(settings.draft, torch.float32)[0].config
+    info = weights.describe(settings.model_path, settings.trust_remote_code)
+    if config.target_fingerprint not in ("", info.fingerprint):
+        raise CheckpointError(
+            "the draft was trained for another target",
+            where=f"{settings.draft}/config.json, 'specforge.target_fingerprint'",
+            fix="give the draft's own target with --model-path",
+        )
+    if settings.features is None and settings.data is None:
+        raise ConfigError(
+            "there is no held-out text", where="--features, --data", fix="give one of them: a store, or prepared data"
+        )
+    ranks, tokenizer = (
+        launch.join(1),
+        ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code),
+    )
+    store = Store(settings.features / "test") if settings.features else None
+    if store:
+        check_target(store, info)
+    engine: TargetEngine | None = None
+    if store is None or settings.num_prompts:
+        own_layers = settings.model_copy(update={"aux_layers": config.aux_layers})
+        engine = start_engine(own_layers, info, ranks, settings.output.parent if settings.output else Path("."))
+    source, prompts = _held_out(settings, store, engine, tokenizer)
+
+    dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
+    draft, kept_D = draft_folder.load(settings.draft, dtype)
+    drafting = Drafting(
+        draft=draft.to(ranks.device).eval(),
+        embedding_VH=weights.load_head(info, dtype).embedding_VH.to(ranks.device),
+        kept_D=kept_D.to(ranks.device),
+        steps=settings.steps,
+    )
+    rows = pack_rows(source.lengths, settings.max_length, seed=0, epoch=0)
+    forced = teacher_forced(
+        drafting.draft,
+        drafting.embedding_VH,
+        drafting.kept_D,
+        held_out_batches(source, rows, ranks, dtype),
+        settings.steps,
+    )
+    say(
+        f"teacher-forced acceptance length {forced.length:.3f} (walk {forced.walk_length:.3f}) over "
+        f"{forced.rows[0]:,} held-out predictions, {settings.steps} steps"
+    )
+    result: dict[str, Any] = {
+        "draft": str(settings.draft),
+        "target": settings.model_path,
+        "steps": settings.steps,
+        "teacher_forced": forced.as_json(),
+    }
+    if settings.num_prompts and engine is not None:
+        result["decode"] = _decode(settings, engine, drafting, prompts, tokenizer.stop_ids())
+    if settings.output:
+        write_json(settings.output, result)
+    if not result.get("decode", {"greedy_lossless": True})["greedy_lossless"]:
+        say("[bold red]the decoded text differs from plain greedy decoding[/]: please report this")
+        return 1
+    say_serving(settings.draft, settings.model_path, settings.steps)
+    return None
+
+
+def _held_out(
+    settings: BenchmarkSettings, store: Store | None, engine: TargetEngine | None, tokenizer: ChatTokenizer
+) -> tuple[RecordSource, list[list[int]]]:
+    """(features of the held-out split, its prompts), from the store or captured live."""
+    if store is not None:
+        records = (store.record(index) for index in range(len(store)))
+        return StoreSource(store, 0), [_prompt(r.token_ids.numpy(), r.loss_mask.numpy()) for r in records]
+    assert settings.data is not None
+    assert engine is not None
+    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length)
+    check_lengths(splits, settings.tokens_per_batch)
+    examples = splits["test"]
+    return LiveSource(engine, examples, 0), [_prompt(example.token_ids, example.loss_mask) for example in examples]
+
+
+def _decode(
+    settings: BenchmarkSettings,
+    engine: TargetEngine,
+    drafting: Drafting,
+    prompts: list[list[int]],
+    stop_ids: list[int],
+) -> dict[str, Any]:
+    """Plain and speculative decoding of the same prompts, and what came of it."""
+    chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
+    room = settings.tokens_per_batch - settings.max_new_tokens * (settings.steps + 1)
+    if max(map(len, chosen)) > room:
+        raise ConfigError(
+            f"the longest prompt has {max(map(len, chosen))} tokens, the target's cache has room for {room}",
+            where=f"--tokens-per-batch {settings.tokens_per_batch}",
+            fix="raise it, or lower --max-new-tokens",
+        )
+    pairs = []
+    for prompt in tracked(chosen, "decoding", len(chosen), "prompts"):
+        greedy = decode.plain(engine, prompt, settings.max_new_tokens, stop_ids)
+        fast = decode.speculative(engine, drafting, prompt, settings.max_new_tokens, stop_ids)
+        pairs.append((greedy, fast))
+    comparison = decode.compare(pairs, engine.dtype)
+    passes = sum(fast.passes for _, fast in pairs)
+    made = sum(len(fast.tokens) - 1 for _, fast in pairs)  # the first token comes with the prompt's pass
+    say(
+        f"real decoding: acceptance length {made / max(passes, 1):.3f} over {passes:,} passes; text equals plain "
+        f"greedy on {comparison.equal} of {len(pairs)} prompts, {comparison.apart_at_near_tie} part at a near-tie"
+    )
+    return {
+        "engine": engine.name,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "acceptance_length": made / max(passes, 1),
+        "greedy_lossless": comparison.lossless,
+        **asdict(comparison),
+        "tokens_per_second": made / sum(fast.seconds for _, fast in pairs),
+        "plain_tokens_per_second": sum(len(g.tokens) - 1 for g, _ in pairs) / sum(g.seconds for g, _ in pairs),
+    }
+
+
+def _prompt(token_ids: Any, loss_mask: Any) -> list[int]:
+    """Tokens before the first supervised one."""
+    return [int(token) for token in token_ids[: int(np.argmax(loss_mask))]]

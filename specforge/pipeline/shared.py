@@ -1,0 +1,68 @@
+"""What several commands share: starting the engine, refusing what does not fit, the last lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from specforge import console
+from specforge.console import is_main_rank, say
+from specforge.errors import ConfigError, StoreError
+from specforge.features.store import Store
+from specforge.records import Example, Ranks, TargetEngine, TargetInfo
+from specforge.target import engine as engines
+
+
+def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path) -> TargetEngine:
+    console.quiet(log_folder / log_name())
+    engine = engines.load(settings, info, ranks)
+    say(f"target {info.path} in {engine.name}, {engine.dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
+    return engine
+
+
+def log_name() -> str:
+    return "specforge.log" if is_main_rank() else f"specforge-rank{dist.get_rank()}.log"
+
+
+def leave(ranks: Ranks) -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def refuse_foreign(folder: Path, own_file: str) -> None:
+    """An output folder may be new, empty, or ours; anything else in it is not touched."""
+    ours = {"specforge.log", own_file}
+    if folder.is_dir() and not (folder / own_file).exists() and any(p.name not in ours for p in folder.iterdir()):
+        raise ConfigError(
+            "the output folder holds something else", where=f"--output {folder}", fix="choose a new or empty folder"
+        )
+
+
+def check_lengths(splits: dict[str, list[Example]], tokens_per_batch: int) -> None:
+    longest = max(len(example.token_ids) for examples in splits.values() for example in examples)
+    if longest > tokens_per_batch:
+        raise ConfigError(
+            f"the longest conversation has {longest} tokens, more than one pass of the target takes",
+            where=f"--tokens-per-batch {tokens_per_batch}",
+            fix=f"raise it to at least {longest}, or lower --max-length",
+        )
+
+
+def check_target(store: Store, info: TargetInfo) -> None:
+    if store.manifest.target_fingerprint != info.fingerprint:
+        raise StoreError(
+            f"the store was captured from another target ({store.manifest.target}), not from {info.path}",
+            where=f"{store.folder}/manifest.json, 'target_fingerprint'",
+            fix="give that target with --model-path, or capture again with `specforge prepare-hidden`",
+        )
+
+
+def say_serving(draft: Path, model_path: str, steps: int) -> None:
+    say(f"draft: {draft}")
+    say(
+        f"serve it: python -m sglang.launch_server --model-path {model_path} --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path {draft} --speculative-num-steps {min(steps, 3)} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {min(steps, 3) + 1}"
+    )

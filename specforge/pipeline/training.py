@@ -1,0 +1,207 @@
+"""Training, from a store or with the live target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specforge import console, launch
+from specforge.config import (
+    TrainSettings,
+)
+from specforge.console import is_main_rank, say
+from specforge.data import prepared, vocab
+from specforge.data.tokenize import ChatTokenizer
+from specforge.draft import folder as draft_folder
+from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.step import DraftStep
+from specforge.errors import ConfigError, StoreError
+from specforge.evaluate.acceptance import teacher_forced
+from specforge.features.packing import pack_rows, share_out
+from specforge.features.sources import LiveSource, StoreSource, held_out_batches
+from specforge.features.store import Store
+from specforge.files import write_json
+from specforge.pipeline.shared import (
+    check_lengths,
+    check_target,
+    leave,
+    log_name,
+    refuse_foreign,
+    say_serving,
+    start_engine,
+)
+from specforge.records import Acceptance, Ranks, RecordSource, TargetInfo
+from specforge.target import engine as engines
+from specforge.target import weights
+from specforge.train import checkpoint
+from specforge.train.loop import Run, Slots
+from specforge.train.loop import train as run_training
+from specforge.train.optimizer import DraftOptimizer, deepspeed_config
+
+
+def train(settings: TrainSettings) -> int | None:
+    if settings.online == (settings.features is not None):
+        raise ConfigError(
+            "training takes either a feature store or the live target",
+            where="--features, --online",
+            fix="give --features FOLDER (made by `specforge prepare-hidden`) or --online, not both",
+        )
+    refuse_foreign(settings.output, "run.json")
+    stores = {n: Store(settings.features / n) for n in ("train", "test")} if settings.features else None
+    model_path = settings.model_path or (stores["train"].manifest.target if stores else None)
+    if model_path is None:
+        raise ConfigError("the target is not named", where="--model-path", fix="give the target's folder or hub name")
+    info = weights.describe(model_path, settings.trust_remote_code)
+    engines.check_tp(info, settings.tp_size)
+    tokenizer = ChatTokenizer(model_path, settings.chat_template, settings.trust_remote_code)
+    if stores:
+        return _train_from_store(settings, info, tokenizer, stores)
+    return _train_online(settings, info, tokenizer)
+
+
+def _train_from_store(
+    settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer, stores: dict[str, Store]
+) -> int | None:
+    layers = _layers_of_store(stores["train"], settings, info, tokenizer)
+    code = launch.start_ranks(1)
+    if code is not None:
+        return code
+    counts_V = vocab.count_supervised(stores["train"].tokens_and_masks(), info.vocab_size)
+    ranks = launch.join(1)
+    console.quiet(settings.output / log_name())
+    sources: dict[str, RecordSource] = {name: StoreSource(store, 0) for name, store in stores.items()}
+    data_hash = stores["train"].manifest.data_hash
+    return _train(settings, info, layers, data_hash, counts_V, tokenizer.special_ids(), sources, ranks)
+
+
+def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
+    layers = engines.aux_layers_of(settings, info)
+    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, test=settings.test_data)
+    check_lengths(splits, settings.tokens_per_batch)
+    code = launch.start_ranks(settings.tp_size)
+    if code is not None:
+        return code
+    counted = ((example.token_ids, example.loss_mask) for example in splits["train"])
+    counts_V = vocab.count_supervised(counted, info.vocab_size)
+    ranks = launch.join(settings.tp_size)
+    deepspeed_config(settings, ranks)  # refused before the target is loaded
+    engine = start_engine(settings, info, ranks, settings.output)
+    sources: dict[str, RecordSource] = {n: LiveSource(engine, found, ranks.tp_rank) for n, found in splits.items()}
+    data_hash = prepared.data_hash(splits["train"])
+    return _train(settings, info, layers, data_hash, counts_V, tokenizer.special_ids(), sources, ranks)
+
+
+def _train(
+    settings: TrainSettings,
+    info: TargetInfo,
+    layers: tuple[int, ...],
+    data_hash: str,
+    counts_V: NDArray[np.int64],
+    special_ids: list[int],
+    sources: dict[str, RecordSource],
+    ranks: Ranks,
+) -> int | None:
+    """The same from here on, wherever the records come from."""
+    ds_config = deepspeed_config(settings, ranks)
+    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+    identity = _identity(settings, info, layers, data_hash, str(dtype))
+    state, kept, tensors = _resume_point(settings, identity)
+    if kept is None:
+        kept = vocab.choose(counts_V, settings.draft_vocab_size, special_ids)
+    if is_main_rank():
+        write_json(settings.output / "run.json", {"settings": settings.model_dump(mode="json"), "identity": identity})
+    kept_D = torch.from_numpy(kept).to(ranks.device)
+    head = weights.load_head(info, dtype)
+    draft = Eagle3Draft(DraftConfig.for_target(info, layers, len(kept), settings.draft_intermediate_size))
+    draft.initialise(head, kept_D.cpu(), settings.seed)
+    head = head.to(ranks.device)
+    step = DraftStep(draft.to(ranks.device), head, kept_D, settings.steps, settings.step_decay)
+    optimizer = DraftOptimizer(step, ds_config, ranks)
+    if state is not None and tensors is not None:
+        optimizer.load_state(tensors, state.updates)
+        say(f"going on after step {state.updates}, epoch {state.epoch + 1}")
+    say(
+        f"draft: {sum(p.numel() for p in draft.parameters()) / 1e6:.1f} M parameters, vocabulary {len(kept):,} "
+        f"({vocab.coverage(counts_V, kept):.1%} of the supervised tokens); {ranks.world} rank(s), {dtype}"
+    )
+    held_out_rows = pack_rows(sources["test"].lengths, settings.row_tokens, seed=0, epoch=0)
+
+    def evaluate() -> Acceptance:
+        batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
+        return teacher_forced(draft.eval(), head.embedding_VH, kept_D, batches, settings.steps)
+
+    def plan(epoch: int) -> Slots:
+        rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
+        return share_out(rows, settings.rows_per_step, ranks.world)
+
+    run_training(
+        Run(
+            settings=settings,
+            ranks=ranks,
+            step=step,
+            optimizer=optimizer,
+            source=sources["train"],
+            plan=plan,
+            evaluate=evaluate,
+            identity=identity,
+            dtype=dtype,
+            state=state or checkpoint.RunState(),
+        )
+    )
+    say_serving(settings.output / "best", info.path, settings.steps)
+    leave(ranks)
+    return None
+
+
+def _layers_of_store(
+    store: Store, settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer
+) -> tuple[int, ...]:
+    """The store's aux layers; raises where target, tokenizer or layers are not those of the run."""
+    check_target(store, info)
+    manifest = store.manifest
+    if manifest.tokenizer_hash != tokenizer.fingerprint:
+        raise StoreError(
+            "the store was made with another tokenizer",
+            where=f"{store.folder}/manifest.json, 'tokenizer_hash'",
+            fix="capture again with `specforge prepare-hidden`",
+        )
+    if settings.aux_layers and tuple(settings.aux_layers) != manifest.aux_layers:
+        shown = " ".join(map(str, settings.aux_layers))
+        raise ConfigError(
+            f"the store was captured from layers {list(manifest.aux_layers)}, --aux-layers says {shown}",
+            where=f"{store.folder}/manifest.json, 'aux_layers'",
+            fix=f"capture again with --aux-layers {shown}, or drop the flag to take the store's",
+        )
+    return manifest.aux_layers
+
+
+def _identity(
+    settings: TrainSettings, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
+) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on with."""
+    shared = ("steps", "step_decay", "epochs", "row_tokens", "rows_per_step", "lr", "warmup_share", "max_grad_norm")
+    return {
+        "target_fingerprint": info.fingerprint,
+        "data_hash": data_hash,
+        "aux_layers": list(layers),
+        "dtype": dtype,
+        "seed": settings.seed,
+        "draft_vocab_size": settings.draft_vocab_size,
+        "draft_intermediate_size": settings.draft_intermediate_size,
+        **{name: getattr(settings, name) for name in shared},
+    }
+
+
+def _resume_point(
+    settings: TrainSettings, identity: dict[str, Any]
+) -> tuple[checkpoint.RunState | None, NDArray[np.int64] | None, dict[str, torch.Tensor] | None]:
+    """(state, draft vocabulary, tensors) of the newest checkpoint, or Nones."""
+    found = checkpoint.checkpoints(settings.output / "checkpoints")
+    if not found or not settings.resume:
+        return None, None, None
+    state, tensors = checkpoint.load(found[-1], identity)
+    _, kept_D = draft_folder.load(found[-1], torch.float32)
+    return state, kept_D.numpy(), tensors

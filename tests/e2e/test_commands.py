@@ -1,0 +1,175 @@
+"""The commands on a tiny target, as a user runs them: one subprocess each, real SGLang, real DeepSpeed, fp32 states."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from specforge.features.store import Store, read_index
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+FP32 = {  # DeepSpeed's settings for these runs: ours, in fp32
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "weight_decay": 0.0}},
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "steps_per_print": 1000000,
+}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "specforge.cli", *map(str, arguments)]
+
+
+def run(arguments: list[str], folder: Path, timeout: int = 200, code: int = 0) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        arguments,
+        cwd=folder,
+        env=environment,
+        timeout=timeout,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with target, data, features of both splits, and a draft trained offline for two epochs."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny.make_target(folder / "target")
+    tiny.write_jsonl(folder / "rows.jsonl", tiny.conversations(120))
+    (folder / "ds.json").write_text(json.dumps(FP32))
+    run(command("prepare-data", "--dataset", "rows.jsonl", "--model-path", "target", "--output", "data"), folder)
+    said = run(command("prepare-hidden", "--model-path", "target", "--data", "data", "--output", "feat"), folder)
+    assert "in sglang" in said
+    said = run(train("--features", "feat", "--output", "offline"), folder)
+    assert "python -m sglang.launch_server --model-path target" in said
+    return folder
+
+
+def train(*arguments: object) -> list[str]:
+    fixed = "--model-path target --deepspeed-config ds.json --draft-vocab-size 200 --epochs 2 --row-tokens 256"
+    return command("train", *fixed.split(), "--rows-per-step", 2, "--max-length", 256, "--lr", 1e-3, *arguments)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def test_training_learns_and_saves_what_servers_load(work):
+    found = losses(work / "offline")
+    assert found[-1] < found[0]
+    assert sorted(p.name for p in (work / "offline" / "best").iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((work / "offline" / "best" / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+
+
+def test_online_gives_the_same_losses_and_no_features(work):
+    run(train("--online", "--data", "data", "--output", "online"), work)
+    one, two = losses(work / "offline"), losses(work / "online")
+    assert len(one) == len(two)
+    assert two == pytest.approx(one, rel=1e-4)  # another grouping of records into passes of the target: last bits
+    assert not list((work / "online").rglob("shard*"))
+
+
+def test_benchmark_decodes_lossless_in_fp32(work):
+    said = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--max-length", 256]
+    run(command("benchmark", *said, "--num-prompts", 20, "--max-new-tokens", 24, "--output", "bench.json"), work)
+    result = json.loads((work / "bench.json").read_text())
+    assert result["decode"]["engine"] == "sglang"
+    assert result["decode"]["dtype"] == "float32"
+    prompts = len(Store(work / "feat" / "test"))
+    assert result["decode"]["equal"] == min(20, prompts)
+    assert result["decode"]["greedy_lossless"] is True
+
+
+def test_tensor_parallel_started_by_the_command_gives_the_same_store(work):
+    given = ["--model-path", "target", "--data", "data", "--output", "feat_tp2", "--tp-size", 2]
+    run(command("prepare-hidden", *given), work)
+    one, two = Store(work / "feat" / "train"), Store(work / "feat_tp2" / "train")
+    assert {line["writer"] for line in read_index(work / "feat_tp2" / "train")} == {0, 1}
+    assert len(one) == len(two)
+    for index in range(len(one)):
+        a, b = one.record(index), two.record(index)
+        assert a.sample_id == b.sample_id
+        assert torch.equal(a.token_ids, b.token_ids)
+        assert torch.equal(a.teacher_top1, b.teacher_top1)
+        torch.testing.assert_close(a.aux, b.aux, rtol=1e-3, atol=1e-4)  # fp32 sums in another order
+
+
+def checksums(folder: Path) -> dict[int, str]:
+    return {record["sample_id"]: record["xxh3"] for line in read_index(folder) for record in line["records"]}
+
+
+def kill_when(arguments: list[str], folder: Path, ready) -> None:
+    """SIGKILL the command as soon as `ready()`; it must still be running then."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_capture_goes_on_with_the_same_bytes(work):
+    def capture(output: str) -> list[str]:
+        given = ["--model-path", "target", "--data", "data", "--output", output]
+        return command("prepare-hidden", *given, "--tokens-per-batch", 256, "--shard-mb", 1)
+
+    run(capture("whole"), work)
+    kill_when(capture("killed"), work, lambda: len(read_index(work / "killed" / "train")) >= 1)
+    before = checksums(work / "killed" / "train")
+    assert 0 < len(before) < len(checksums(work / "whole" / "train"))
+    assert "going on" in run(capture("killed"), work)
+    for split in ("train", "test"):
+        assert checksums(work / "killed" / split) == checksums(work / "whole" / split)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(work):
+    def training(output: str) -> list[str]:
+        return train("--features", "feat", "--output", output, "--save-steps", 5)
+
+    run(training("straight"), work)
+    kill_when(training("resumed"), work, lambda: (work / "resumed" / "checkpoints" / "step-0000005").exists())
+    assert "going on after step" in run(training("resumed"), work)
+    one, two = newest(work / "straight"), newest(work / "resumed")
+    assert one.name == two.name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert losses(work / "straight") == losses(work / "resumed")
+    assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_resuming_another_run_is_refused(work):
+    said = run(train("--features", "feat", "--output", "offline", "--steps", 3), work, code=2)
+    assert "another steps: 7, now 3" in said

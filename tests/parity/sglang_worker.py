@@ -1,0 +1,115 @@
+"""Run by test_sglang.py, once a rank: SGLang's states against transformers', and with --deepspeed a draft trained over
+all ranks of the same processes. Prints one JSON line on rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from specforge import launch
+from specforge.alignment import teacher_rows
+from specforge.config import EngineSettings
+from specforge.records import Example
+from specforge.target import engine as engines
+from specforge.target import weights
+from specforge.target.hf_engine import HfEngine
+
+LENGTHS = (5, 64, 200, 33)
+
+
+def examples(vocab_size: int, seed: int) -> list[Example]:
+    random = np.random.default_rng(seed)
+    found = []
+    for number, length in enumerate(LENGTHS):
+        mask = np.zeros(length, dtype=np.bool_)
+        mask[length // 3 : length - 1] = True
+        ids = random.integers(3, vocab_size, length).astype(np.int32)
+        found.append(Example(sample_id=number, token_ids=ids, loss_mask=mask))
+    return found
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("--tp-size", type=int, default=1)
+    parser.add_argument("--deepspeed", action="store_true")
+    options = parser.parse_args()
+    ranks = launch.join(options.tp_size)
+    info = weights.describe(options.target)
+    layers = weights.default_aux_layers(info.num_layers)
+    settings = EngineSettings(engine="sglang", tp_size=options.tp_size, tokens_per_batch=1024)
+    engine = engines.load(settings, info, ranks)  # with its self-check
+    alone = type(ranks)(rank=0, world=1)
+    oracle = HfEngine(info, layers, alone, dtype=info.dtype, tokens_per_batch=1024)
+    asked = examples(info.vocab_size, seed=ranks.replica)  # replicas see different data
+    worst = {"aux": 0.0, "last": 0.0, "lse": 0.0}
+    same_top1 = total = 0
+    for one, two in zip(engine.capture(asked), oracle.capture(asked), strict=True):
+        assert len(one.last) == len(teacher_rows(one.loss_mask.numpy()))
+        worst["aux"] = max(worst["aux"], error(one.aux, two.aux))
+        worst["last"] = max(worst["last"], error(one.last, two.last))
+        worst["lse"] = max(worst["lse"], error(one.teacher_lse, two.teacher_lse))
+        same_top1 += int((one.teacher_top1 == two.teacher_top1).sum())
+        total += len(one.teacher_top1)
+    aux, right = engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux
+    oracle.aux_layers = tuple(layer + 1 for layer in layers)
+    result = {
+        **worst,
+        "top1": same_top1 / total,
+        "shifted_token": error(aux[1:], right[:-1]),
+        "shifted_layer": error(aux, oracle.capture(asked)[2].aux),
+        "losses": [],
+    }
+    if options.deepspeed:
+        result["losses"] = train_over_all_ranks(engine, asked, ranks, Path(options.target))
+    gathered: list[object] = [None] * ranks.world
+    dist.all_gather_object(gathered, result)
+    if ranks.rank == 0:
+        print(json.dumps(gathered), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:
+    """Live rows through LiveSource, the real draft step and optimizer; every rank trains on its own row."""
+    from specforge.config import TrainSettings
+    from specforge.draft.model import DraftConfig, Eagle3Draft
+    from specforge.draft.step import DraftStep
+    from specforge.features.sources import LiveSource
+    from specforge.records import FeatureBatch
+    from specforge.train.optimizer import DraftOptimizer, deepspeed_config
+
+    root = Path(__file__).parents[2]
+    settings = TrainSettings(
+        online=True, rows_per_step=ranks.world, lr=1e-3, deepspeed_config=root / "ds_config.json", max_grad_norm=1.0
+    )
+    kept = torch.arange(engine.info.vocab_size)
+    head = weights.load_head(engine.info, torch.bfloat16)
+    draft = Eagle3Draft(DraftConfig.for_target(engine.info, engine.aux_layers, len(kept)))
+    draft.initialise(head, kept, seed=0)
+    step = DraftStep(draft, head, kept, 7, 0.8)
+    optimizer = DraftOptimizer(step, deepspeed_config(settings, ranks), ranks)
+    source = LiveSource(engine, asked, ranks.tp_rank)
+    rows = [[1], [2]] if ranks.tp_size == 2 else [[1, 2]]
+    losses = []
+    for records in source.batches([rows] * 6):
+        batch = FeatureBatch.pack(records, ranks.device, torch.bfloat16)
+        normaliser = step.loss_rows(batch)
+        dist.all_reduce(normaliser)
+        loss = optimizer.accumulate(batch, normaliser).loss.detach()
+        dist.all_reduce(loss)
+        losses.append(float(loss))
+    return losses
+
+
+if __name__ == "__main__":
+    main()
