@@ -71,7 +71,7 @@ class Manifest:
             raise StoreError(f"the manifest is damaged: {error}", where=str(path), fix="capture again") from error
 
     def differences(self, other: Manifest, but: Sequence[str] = ()) -> list[str]:
-        free = {"target", "tokens_per_batch", "engine", *but}
+        free = {"target", "tokens_per_batch", *but}
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name not in free and mine[name] != theirs[name]]
 
@@ -84,39 +84,18 @@ class StoreWriter:
 
     def __init__(self, folder: Path, manifest: Manifest, writer: int = 0, shard_bytes: int = 1 << 30) -> None:
         self.folder, self.writer, self._shard_bytes = folder, writer, shard_bytes
-        self.manifest = self._open(folder, manifest)
-        lines = read_index(folder)
-        self.committed = {record["sample_id"] for line in lines for record in line["records"]}
+        found = existing(folder, manifest)
+        if found is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "manifest.json", asdict(manifest))
+        self.manifest = found or manifest
+        lines, self.committed = read_index(folder), committed_ids(folder)
         self._number = sum(1 for line in lines if line["writer"] == writer)
         for stray in folder.glob(f"*shard-{writer}-*"):
             if stray.name not in {line["file"] for line in lines}:
                 stray.unlink()
         self._pending: list[dict[str, Tensor]] = []
         self._bytes = 0
-
-    @staticmethod
-    def _open(folder: Path, manifest: Manifest) -> Manifest:
-        if not (folder / "manifest.json").exists():
-            if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                raise StoreError(
-                    "the output folder is not empty and holds no feature store",
-                    where=str(folder),
-                    fix="choose another folder with --output",
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "manifest.json", asdict(manifest))
-            return manifest
-        found = Manifest.read(folder)
-        different = found.differences(manifest)
-        if different:
-            name = different[0]
-            raise StoreError(
-                f"the store in the output folder was made with another {name}: "
-                f"{getattr(found, name)}, now {getattr(manifest, name)}",
-                where=f"{folder}/manifest.json, '{name}'",
-                fix="choose another folder with --output, or remove this one",
-            )
-        return found
 
     def add(self, record: FeatureRecord) -> None:
         if record.sample_id in self.committed:
@@ -238,6 +217,34 @@ class Store:
 
     def bytes(self) -> int:
         return sum(int(line["bytes"]) for line in self._lines)
+
+
+def existing(folder: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest of the store in `folder`, None where the folder is new or empty. Writes nothing. Raises StoreError
+    where it holds something else, or a store made from something else, naming the field."""
+    if not (folder / "manifest.json").exists():
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise StoreError(
+                "the output folder is not empty and holds no feature store",
+                where=str(folder),
+                fix="choose another folder with --output",
+            )
+        return None
+    found = Manifest.read(folder)
+    different = found.differences(manifest)
+    if different:
+        name = different[0]
+        raise StoreError(
+            f"the store in the output folder was made with another {name}: "
+            f"{getattr(found, name)}, now {getattr(manifest, name)}",
+            where=f"{folder}/manifest.json, '{name}'",
+            fix="choose another folder with --output, or remove this one",
+        )
+    return found
+
+
+def committed_ids(folder: Path) -> set[int]:
+    return {record["sample_id"] for line in read_index(folder) for record in line["records"]}
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.features.codec import codec_for
 from specforge.features.packing import in_batches
-from specforge.features.store import Manifest, Store, StoreWriter, check_space
-from specforge.pipeline.shared import check_lengths, leave, start_engine
+from specforge.features.store import Manifest, Store, StoreWriter, check_space, committed_ids, existing
+from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
@@ -47,11 +47,13 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
         for name, examples in splits.items()
     }
     if not launch.is_rank():  # the parent checks before it starts ranks, and before a model is loaded
-        shard_bytes = settings.shard_mb << 20
-        writers = {name: StoreWriter(settings.output / name, m, 0, shard_bytes) for name, m in manifests.items()}
-        missing = [e for n, examples in splits.items() for e in examples if e.sample_id not in writers[n].committed]
-        bytes_each = info.hidden_size * (8 if dtype != torch.float32 else 16)
-        check_space(settings.output, sum(len(example.token_ids) for example in missing) * bytes_each)
+        refuse_foreign(settings.output, *splits)
+        tokens = 0
+        for name, examples in splits.items():
+            existing(settings.output / name, manifests[name])
+            done = committed_ids(settings.output / name)
+            tokens += sum(len(example.token_ids) for example in examples if example.sample_id not in done)
+        check_space(settings.output, tokens * info.hidden_size * 4 * (4 if dtype == torch.float32 else 2))
         code = launch.start_ranks(settings.tp_size)
         if code is not None:
             return code

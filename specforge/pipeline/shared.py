@@ -31,10 +31,10 @@ def leave(ranks: Ranks) -> None:
     dist.destroy_process_group()
 
 
-def refuse_foreign(folder: Path, own_file: str) -> None:
-    """An output folder may be new, empty, or ours; anything else in it is not touched."""
-    ours = {"specforge.log", own_file}
-    if folder.is_dir() and not (folder / own_file).exists() and any(p.name not in ours for p in folder.iterdir()):
+def refuse_foreign(folder: Path, *own: str) -> None:
+    """An output folder may be new, empty, or ours (it holds one of `own`); anything else is not touched."""
+    held = {entry.name for entry in folder.iterdir() if entry.suffix != ".log"} if folder.is_dir() else set()
+    if held and not held & set(own):
         raise ConfigError(
             "the output folder holds something else", where=f"--output {folder}", fix="choose a new or empty folder"
         )

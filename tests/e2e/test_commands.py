@@ -111,12 +111,16 @@ def test_tensor_parallel_started_by_the_command_gives_the_same_store(work):
     one, two = Store(work / "feat" / "train"), Store(work / "feat_tp2" / "train")
     assert {line["writer"] for line in read_index(work / "feat_tp2" / "train")} == {0, 1}
     assert len(one) == len(two)
+    same = total = 0
     for index in range(len(one)):
         a, b = one.record(index), two.record(index)
         assert a.sample_id == b.sample_id
         assert torch.equal(a.token_ids, b.token_ids)
-        assert torch.equal(a.teacher_top1, b.teacher_top1)
+        same += int((a.teacher_top1 == b.teacher_top1).sum())
+        total += len(a.teacher_top1)
+        torch.testing.assert_close(a.last, b.last, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(a.aux, b.aux, rtol=1e-3, atol=1e-4)  # fp32 sums in another order
+    assert same / total > 0.998  # near-ties; a shard of the vocabulary left out would cost half
 
 
 def checksums(folder: Path) -> dict[int, str]:

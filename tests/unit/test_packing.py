@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -110,5 +112,5 @@ def test_batches_cover_all_records_in_order_within_the_budget(lengths, budget, m
     for batch in batches:
         assert 1 <= len(batch) <= most
         assert lengths[list(batch)].sum() <= budget
-    for batch, following in zip(batches, batches[1:], strict=False):  # a batch ends only where the next did not fit
+    for batch, following in pairwise(batches):  # a batch ends only where the next did not fit
         assert len(batch) == most or lengths[list(batch)].sum() + lengths[following.start] > budget

@@ -70,6 +70,11 @@ def manifest(records, codec="bf16", **other):
     return replace(base, **other)
 
 
+def add_all(writer, sample_ids):
+    for sample_id in sample_ids:
+        writer.add(record(sample_id))
+
+
 def filled(folder, count=20, codec="bf16", shard_bytes=4000):
     writer = StoreWriter(folder, manifest(count, codec), shard_bytes=shard_bytes)
     for sample_id in range(count):
@@ -197,8 +202,7 @@ def test_more_than_ten_writers_do_not_touch_each_others_shards(tmp_path):
 def test_resume_after_a_kill_writes_only_what_is_missing(tmp_path):
     whole, broken = filled(tmp_path / "whole"), tmp_path / "broken"
     writer = StoreWriter(broken, manifest(20), shard_bytes=4000)
-    for sample_id in range(10):
-        writer.add(record(sample_id))
+    add_all(writer, range(10))
     committed = set(writer.committed)
     assert 0 < len(committed) < 10  # the last ones are pending, and lost with the process
     del writer
@@ -212,8 +216,7 @@ def test_resume_after_a_kill_writes_only_what_is_missing(tmp_path):
 
     writer = StoreWriter(broken, manifest(20), shard_bytes=4000)
     assert writer.committed == committed
-    for sample_id in range(20):
-        writer.add(record(sample_id))
+    add_all(writer, range(20))
     writer.close()
 
     lines = read_index(broken)
@@ -231,8 +234,7 @@ def test_resume_after_a_kill_writes_only_what_is_missing(tmp_path):
 def test_a_finished_store_opened_again_is_left_as_it_is(tmp_path):
     before = listing(filled(tmp_path))
     writer = StoreWriter(tmp_path, manifest(20))
-    for sample_id in range(20):
-        writer.add(record(sample_id))
+    add_all(writer, range(20))
     writer.close()
     assert listing(tmp_path) == before
 
@@ -282,8 +284,7 @@ def test_sigkill_in_the_middle_of_writing_then_resume(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(raw | {"num_records": count}))
     writer = StoreWriter(tmp_path, manifest(count), shard_bytes=3000)
     assert writer.committed == written
-    for sample_id in range(count):
-        writer.add(record(sample_id))
+    add_all(writer, range(count))
     writer.close()
     assert_holds(tmp_path, count)
     files = {line["file"] for line in read_index(tmp_path)}
@@ -330,8 +331,7 @@ def test_every_field_but_names_and_budget_is_compared():
 
 def test_an_unfinished_store_is_refused_on_reading(tmp_path):
     writer = StoreWriter(tmp_path, manifest(20), shard_bytes=4000)
-    for sample_id in range(19):
-        writer.add(record(sample_id))
+    add_all(writer, range(19))
     writer.close()
     with pytest.raises(StoreError, match="19 of 20"):
         Store(tmp_path)
@@ -415,24 +415,21 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_was(tmp_path):
 def test_a_full_disk_is_named_and_what_was_committed_stays(tmp_path):
     """A limit on the size of files stands for the full disk: the write fails in the kernel, half way."""
     writer = StoreWriter(tmp_path, manifest(20), shard_bytes=4000)
-    for sample_id in range(8):
-        writer.add(record(sample_id))
+    add_all(writer, range(8))
     committed = set(writer.committed)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(StoreError) as refused:
-            for sample_id in range(8, 20):
-                writer.add(record(sample_id))
+            add_all(writer, range(8, 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert "--output" in refused.value.fix
     again = StoreWriter(tmp_path, manifest(20), shard_bytes=4000)
     assert again.committed == committed
-    for sample_id in range(20):
-        again.add(record(sample_id))
+    add_all(again, range(20))
     again.close()
     assert_holds(tmp_path, 20)
 
