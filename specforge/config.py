@@ -114,7 +114,7 @@ class DemoSettings(Settings):
 
     output: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
     online: bool = Field(False, description="train with the live target; no features on disk")
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(4, ge=1)
     fresh: bool = Field(True, description="start anew (else go on where an earlier demo was)")
 
 

@@ -24,7 +24,7 @@ RECIPE = {  # for 50,000 supervised tokens and a target of 135 M parameters on a
     "draft-vocab-size": 8192,
     "row-tokens": 1024,
     "rows-per-step": 1,
-    "lr": 1e-3,
+    "lr": 2e-3,
     "steps": 7,
 }
 

@@ -123,6 +123,15 @@ def test_tensor_parallel_started_by_the_command_gives_the_same_store(work):
     assert same / total > 0.998  # near-ties; a shard of the vocabulary left out would cost half
 
 
+def test_the_transformers_engine_gives_the_same_store(work):
+    given = ["--model-path", "target", "--data", "data", "--output", "feat_hf", "--engine", "hf"]
+    assert "in hf" in run(command("prepare-hidden", *given), work)
+    one, two = Store(work / "feat" / "test"), Store(work / "feat_hf" / "test")
+    for index in range(len(one)):
+        torch.testing.assert_close(one.record(index).aux, two.record(index).aux, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.record(index).last, two.record(index).last, rtol=1e-3, atol=1e-4)
+
+
 def checksums(folder: Path) -> dict[int, str]:
     return {record["sample_id"]: record["xxh3"] for line in read_index(folder) for record in line["records"]}
 

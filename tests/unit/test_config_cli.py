@@ -118,8 +118,9 @@ def test_flags_override_yaml_on_the_command_line(tmp_path):
     assert "from_yaml" not in output
 
 
-def test_a_switch_can_be_turned_off_against_yaml(tmp_path):
+def test_a_switch_can_be_turned_off_against_yaml(monkeypatch):
     """`--no-resume` and its like: every switch that YAML can turn on must have a flag that turns it off."""
+    monkeypatch.setenv("COLUMNS", "400")
     for name, settings in SETTINGS.items():
         for key, field in settings.model_fields.items():
             if field.annotation is bool:

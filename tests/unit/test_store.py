@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,6 +198,19 @@ def test_more_than_ten_writers_do_not_touch_each_others_shards(tmp_path):
     assert_holds(tmp_path, 3)
 
 
+def test_the_same_command_started_twice_spoils_nothing_committed(tmp_path):
+    """Both are writer 0. The second may be refused, but may not write over what the first has committed."""
+    first, second = StoreWriter(tmp_path, manifest(2)), StoreWriter(tmp_path, manifest(2))
+    first.add(record(0))
+    first.close()
+    with contextlib.suppress(StoreError):
+        second.add(record(1))
+        second.close()
+    for line in read_index(tmp_path):
+        content = (tmp_path / line["file"]).read_bytes()
+        assert xxhash.xxh3_64_hexdigest(content) == line["xxh3"], line["file"]
+
+
 # Kill and resume
 
 
@@ -240,7 +255,7 @@ def test_a_finished_store_opened_again_is_left_as_it_is(tmp_path):
 
 
 def test_a_resume_keeps_the_planned_batches(tmp_path):
-    """Another token budget or engine is no reason to refuse, but the first one's batches stand."""
+    """Another token budget is no reason to refuse, but the batches of the first one stand."""
     filled(tmp_path)
     assert StoreWriter(tmp_path, manifest(20, tokens_per_batch=9, target="other name")).manifest == manifest(20)
 
@@ -305,6 +320,7 @@ def test_sigkill_in_the_middle_of_writing_then_resume(tmp_path):
         ("max_length", 65),
         ("codec", "fp32"),
         ("num_records", 21),
+        ("engine", "sglang"),
     ],
 )
 def test_another_manifest_is_refused_with_the_field_named(tmp_path, name, value):
@@ -321,7 +337,7 @@ def test_another_manifest_is_refused_with_the_field_named(tmp_path, name, value)
 
 def test_every_field_but_names_and_budget_is_compared():
     """A field that is added later must be compared, or be listed here."""
-    compared = set(asdict(manifest(1))) - {"target", "tokens_per_batch", "engine"}
+    compared = set(asdict(manifest(1))) - {"target", "tokens_per_batch"}
     for name in compared:
         value = getattr(manifest(1), name)
         other = (0, 1, 2) if isinstance(value, tuple) else value + value if isinstance(value, str) else value + 1
