@@ -47,13 +47,12 @@ def _add_command(name: str, settings: Any) -> None:
     parameters = []
     for key, field in settings.model_fields.items():
         flag = "--" + key.replace("_", "-")
-        is_switch = field.annotation is bool
-        declaration = f"{flag}/--no-{flag[2:]}" if is_switch and field.default is True else flag
+        declaration = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
         help_text = field.description or ""
         if field.is_required():
-            help_text += " [required]"
+            help_text += " (required)"
         elif field.default not in (None, False):
-            help_text += f" [default: {field.default}]"
+            help_text += f" (default: {field.default})"
         option = typer.Option(declaration, help=help_text, show_default=False)
         parameters.append(_parameter(key, Annotated[_flag_type(field.annotation) | None, option]))
     parameters.append(_parameter("config", Annotated[Path | None, typer.Option(help="settings as YAML")]))

@@ -77,9 +77,9 @@ class TrainSettings(EngineSettings, DataSettings):
     epochs: int = Field(10, ge=1)
     row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
     rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=False)
     seed: int = 0
     save_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints (and at each epoch's end)")
     keep: int = Field(2, ge=1, description="checkpoints to keep besides the best draft")
@@ -130,20 +130,21 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
 
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"the settings file cannot be read: {error}",
                 where=str(file),
                 fix="give a YAML file of KEY: VALUE lines",
             ) from error
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise ConfigError("the settings file is no mapping", where=str(file), fix="write KEY: VALUE lines")
     try:
         return settings(**(values | given))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        where = f"{file}, key '{name}'" if name in values and name not in given else f"--{name.replace('_', '-')}"
+        key = str(first["loc"][0]) if first["loc"] else name
+        where = f"{file}, key '{key}'" if key in values and key not in given else f"--{key.replace('_', '-')}"
         raise ConfigError(
             f"{name}: {first['msg'].lower()}" + (f", got {first['input']!r}" if first["type"] != "missing" else ""),
             where=where,

@@ -37,7 +37,7 @@ def read_rows(path: Path, report: ReadReport) -> Iterator[dict[str, Any]]:
             fix="download it and give it as JSONL of conversations",
         )
     try:
-        file = path.open(encoding="utf-8", errors="strict")
+        file = path.open("rb")
     except OSError as error:
         raise DataError(
             f"the data file cannot be read: {error.strerror}",
@@ -55,7 +55,7 @@ def read_rows(path: Path, report: ReadReport) -> Iterator[dict[str, Any]]:
                 if not line.strip():
                     continue
                 report.rows += 1
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -78,12 +78,23 @@ def to_conversation(row: dict[str, Any], default_id: str, needed: str = "assista
         return "no 'conversations' list"
     messages = []
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            return "a turn without role and content"
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn["role"] not in ROLES:
+            return "a turn without a known role"
+        if not is_text(turn.get("content")):
+            return "a turn without text"
         messages.append(Message(role=turn["role"], content=turn["content"]))
     if not any(message.role == needed for message in messages):
         return f"no {needed} turn"
-    return Conversation(id=str(row.get("id", default_id)), messages=tuple(messages))
+    own_id = str(row.get("id", default_id))
+    return Conversation(id=own_id if is_text(own_id) else default_id, messages=tuple(messages))
+
+
+def is_text(value: object) -> bool:
+    """A string that can be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def to_row(conversation: Conversation) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from specforge.data.formats import ReadReport, read_rows, to_conversation
+from specforge.data.formats import ReadReport, is_text, read_rows, to_conversation
 from specforge.data.tokenize import ChatTokenizer, require_supervised
 from specforge.errors import DataError
 from specforge.records import Conversation, Example
@@ -64,8 +64,10 @@ def _to_example(
 ) -> Example | str:
     if "input_ids" in row:
         ids, mask = row["input_ids"], row.get("loss_mask")
-        if not isinstance(mask, list) or len(mask) != len(ids) or not ids:
+        if not isinstance(ids, list) or not isinstance(mask, list) or len(mask) != len(ids) or not ids:
             return "input_ids without a loss_mask of the same length"
+        if any(type(token) is not int for token in ids) or any(type(m) not in (int, bool) for m in mask):
+            return "input_ids or loss_mask that are no numbers"
         if min(ids) < 0 or max(ids) >= len(tokenizer.tokenizer):
             return "input_ids outside the target's vocabulary"
         return Example(
@@ -73,7 +75,7 @@ def _to_example(
             token_ids=np.asarray(ids[:max_length], dtype=np.int32),
             loss_mask=np.asarray(mask[:max_length], dtype=np.bool_),
         )
-    if isinstance(row.get("text"), str):
+    if is_text(row.get("text")):
         return tokenizer.preformatted(row["text"], sample_id, max_length)
     conversation = to_conversation(row, default_id)
     return conversation if isinstance(conversation, str) else tokenizer.example(conversation, sample_id, max_length)

@@ -11,6 +11,7 @@ import xxhash
 from specforge.records import Conversation
 
 SHINGLE = 3  # words
+COMMON = 50  # held-out conversations: a run of words in more of them is a phrase, and no sign of a duplicate
 LEAK_SHARE = 0.5  # of a training conversation's shingles inside one held-out conversation
 
 
@@ -40,10 +41,11 @@ def split(
     for conversation in conversations:
         held_out = xxhash.xxh3_64_intdigest(prompt_key(conversation).encode(), seed=seed) < bound
         (test if held_out else train).append(conversation)
-    if not test and len({prompt_key(conversation) for conversation in train}) > 1:  # few rows: hold one prompt out
-        chosen = min(prompt_key(conversation) for conversation in train)
-        test = [conversation for conversation in train if prompt_key(conversation) == chosen]
-        train = [conversation for conversation in train if prompt_key(conversation) != chosen]
+    prompts = sorted({prompt_key(conversation) for conversation in conversations})
+    if len(prompts) > 1 and not (train and test):  # few rows: each side gets one prompt at least
+        held_out_prompts = set(prompts[:1] if not test else prompts[1:])
+        test = [conversation for conversation in conversations if prompt_key(conversation) in held_out_prompts]
+        train = [conversation for conversation in conversations if prompt_key(conversation) not in held_out_prompts]
     return train, test
 
 
@@ -59,14 +61,15 @@ def shingles(conversation: Conversation) -> set[int]:
 
 
 def without_leaks(train: Sequence[Conversation], test: Sequence[Conversation]) -> list[Conversation]:
-    """The training conversations that are no near-duplicate of a held-out one. Linear in both."""
+    """The training conversations that are no near-duplicate of a held-out one. Linear in both sides."""
     index: dict[int, list[int]] = defaultdict(list)
     for row, conversation in enumerate(test):
         for shingle in shingles(conversation):
             index[shingle].append(row)
+    phrases = {shingle for shingle, rows in index.items() if len(rows) > COMMON}
     kept = []
     for conversation in train:
-        own = shingles(conversation)
+        own = shingles(conversation) - phrases
         shared = Counter(row for shingle in own for row in index.get(shingle, ()))
         if not shared or max(shared.values()) <= LEAK_SHARE * len(own):
             kept.append(conversation)

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from specforge.errors import ConfigError, DataError
 from specforge.records import Conversation, Example
 
 ALIASES = {"llama3", "llama4", "qwen", "qwen3", "phi3", "phi4", "mistral", "gemma", "deepseek", "gpt-oss"}
+
+
+MARK = "\u2042mark\u2042"
 
 
 class ChatTokenizer:
@@ -55,7 +59,15 @@ class ChatTokenizer:
         return xxhash.xxh3_128_hexdigest(str(self.tokenizer.chat_template).encode())
 
     def render(self, messages: Sequence[dict[str, str]], open_turn: bool = False) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn))
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template has a fault in line {error.lineno}: {error.message}",
+                where="--chat-template",
+                fix="mend the Jinja file, or leave the flag out to use the target's own template",
+            ) from error
+        return str(text)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Tokens up to and including the header of the first assistant turn."""
@@ -78,7 +90,10 @@ class ChatTokenizer:
 
         Returns the reason instead where no assistant turn can be located beyond doubt."""
         messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-        spans, text = self._spans(messages)
+        try:
+            spans, text = self._spans(messages)
+        except TemplateError as error:  # raised by the template itself, for roles in an order that it does not know
+            return f"the template refuses it: {str(error)[:80]}"
         if not spans:
             return "the template hides or rewrites a turn"
         return self._masked(text, spans, sample_id, max_length)
@@ -100,10 +115,12 @@ class ChatTokenizer:
     def _masked(self, text: str, spans: list[tuple[int, int]], sample_id: int, max_length: int) -> Example | str:
         """One tokenization; a token is supervised where it lies wholly inside a span."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        start_T, end_T = np.asarray(encoded["offset_mapping"], dtype=np.int64).T
+        start_T, end_T = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        # Some tokenizers trim spaces off their offsets: a token begins where the one before it ended.
+        start_T = np.minimum(start_T, np.concatenate([[0], np.maximum.accumulate(end_T)[:-1]]))
         mask_T = np.zeros(len(start_T), dtype=np.bool_)
         for first, last in spans:
-            mask_T |= (start_T >= first) & (end_T <= last) & (end_T > start_T)
+            mask_T |= (start_T >= first) & (start_T < last) & (end_T <= last)
         mask_T = mask_T[:max_length]
         if not mask_T.any():
             return "no assistant token within the maximum length"
@@ -114,22 +131,23 @@ class ChatTokenizer:
         """Character spans of what the target writes in each assistant turn, and the rendered text.
 
         A turn starts where the render of the turns before it, with the generation prompt, ends: there serving would
-        hand over to the model. It ends with the end-of-turn token. Every such render must be a prefix of the whole;
-        where one is not (a template that rewrites earlier turns), no span is returned at all."""
+        hand over to the model. What the template writes behind the content is found by rendering a mark in its place;
+        the turn ends with the first special token there. Every render must be a prefix of the whole; where one is not
+        (a template that rewrites earlier turns), no span is returned at all."""
         text = self.render(messages)
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if number == 0:
+                return [], text  # nobody asked for it: no header is known
             before = self.render(messages[:number], open_turn=True)
             through = self.render(messages[: number + 1])
-            content = message["content"].strip()
-            if not (text.startswith(through) and through.startswith(before)):
+            marked = self.render([*messages[:number], {"role": "assistant", "content": MARK}])
+            _, found, closing = marked.rpartition(MARK)
+            if not (found and text.startswith(through) and through.startswith(before) and through.endswith(closing)):
                 return [], text
-            at = through.find(content, len(before))
-            if at < 0:
-                return [], text
-            spans.append((len(before), _end_of_turn(through, at + len(content), self._special_texts())))
+            spans.append((len(before), _end_of_turn(through, len(through) - len(closing), self._special_texts())))
         return spans, text
 
     def special_ids(self) -> list[int]:
@@ -154,9 +172,9 @@ def _end_of_turn(text: str, content_end: int, special_texts: Sequence[str]) -> i
 def _template_text(chat_template: str) -> str:
     try:
         return Path(chat_template).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the chat template cannot be read: {error.strerror}",
+            f"the chat template cannot be read: {error}",
             where=f"--chat-template {chat_template}",
             fix="give a Jinja file, or leave it out to use the target's own template",
         ) from error

@@ -116,11 +116,24 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
             token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw},
         )
         kept_D = content.pop("d2t") + torch.arange(config.draft_vocab_size)
-        content.pop("t2d")
+        _check(raw, config, kept_D, content.pop("t2d"))
         draft = Eagle3Draft(config)
         draft.load_state_dict(content)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the draft's config and tensors do not fit: {str(error)[:300]}", where=str(folder), fix=fix
         ) from error
     return draft.to(dtype), kept_D
+
+
+def _check(raw: dict[str, Any], config: DraftConfig, kept_D: Tensor, t2d_V: Tensor) -> None:
+    """Raises ValueError where the folder contradicts itself: a server would read the other half."""
+    if raw["eagle_aux_hidden_state_layer_ids"] != [layer + 1 for layer in config.aux_layers]:
+        raise ValueError(
+            f"SGLang's layer ids {list(config.aux_layers)} and vLLM's {raw['eagle_aux_hidden_state_layer_ids']} "
+            "are not the same layers (vLLM's are one higher)"
+        )
+    if kept_D.min() < 0 or kept_D.max() >= config.vocab_size:
+        raise ValueError("d2t names tokens outside the target's vocabulary")
+    if not torch.equal(torch.nonzero(t2d_V).squeeze(1), kept_D):
+        raise ValueError("d2t and t2d name different tokens, or are not ascending")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,6 +59,8 @@ class Manifest:
             raise StoreError(
                 "there is no feature store here", where=str(path), fix="make one with `specforge prepare-hidden`"
             ) from error
+        if not isinstance(raw, dict):
+            raise StoreError("the manifest is damaged", where=str(path), fix="capture again")
         if raw.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"the store has format {raw.get('format_version')}, this version reads format {FORMAT_VERSION}",
@@ -91,7 +93,7 @@ class StoreWriter:
         self.manifest = found or manifest
         lines, self.committed = read_index(folder), committed_ids(folder)
         self._number = sum(1 for line in lines if line["writer"] == writer)
-        for stray in folder.glob(f"*shard-{writer}-*"):
+        for stray in folder.glob(f"*shard-{writer}-*"):  # what a kill left behind
             if stray.name not in {line["file"] for line in lines}:
                 stray.unlink()
         self._pending: list[dict[str, Tensor]] = []
@@ -120,12 +122,14 @@ class StoreWriter:
             self._commit()
 
     def _commit(self) -> None:
+        while (self.folder / f"shard-{self.writer}-{self._number}.safetensors").exists():
+            self._number += 1  # the same command was started twice: what the other wrote stays
         name = f"shard-{self.writer}-{self._number}.safetensors"
         pending = self._pending
         content = {key: torch.cat([record[key] for record in pending]) for key in pending[0]}
         content["offsets"] = _offsets([len(record["input_ids"]) for record in pending])
         content["teacher_offsets"] = _offsets([len(record["last"]) for record in pending])
-        beside = self.folder / f".{name}.tmp"
+        beside = self.folder / f".{name}.{os.getpid()}.tmp"
         try:
             save_file(content, beside)
             sync_file(beside)
@@ -139,9 +143,9 @@ class StoreWriter:
                 "records": [_describe(record) for record in pending],
             }
             _append_line(self.folder / "shards.jsonl", json.dumps(line))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise StoreError(
-                f"the shard cannot be written: {error.strerror} (errno {error.errno})",
+                f"the shard cannot be written: {error}",
                 where=str(self.folder / name),
                 fix="free disk space or choose another --output; the same command goes on from the last shard",
             ) from error
@@ -163,9 +167,10 @@ class Store:
             for shard, line in enumerate(self._lines)
             for at, record in enumerate(line["records"])
         )
-        if len(entries) != self.manifest.num_records:
+        held = len({sample_id for sample_id, *_ in entries})
+        if held != self.manifest.num_records or len(entries) != held:
             raise StoreError(
-                f"the store is unfinished: {len(entries)} of {self.manifest.num_records} records",
+                f"the store is unfinished: {held} of {self.manifest.num_records} records",
                 where=str(folder),
                 fix="run the same `specforge prepare-hidden` command again; it goes on where it was",
             )
@@ -253,7 +258,10 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         if text.endswith("\n"):
-            lines.append(json.loads(text))
+            try:
+                lines.append(json.loads(text))
+            except ValueError as error:
+                raise StoreError("the index is damaged", where=str(path), fix="remove the store") from error
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
     path = settings.deepspeed_config
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        parts = [config, *(config.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "optimizer"))]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("it or one of its parts is no mapping")
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"the DeepSpeed settings cannot be read: {error}",
             where=f"--deepspeed-config {path}",
@@ -40,6 +44,12 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
             where=f"{path}, 'bf16' and 'zero_optimization'",
             fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
         )
+    if "scheduler" in config:
+        raise ConfigError(
+            "the learning rate's course is the run's, not DeepSpeed's",
+            where=f"{path}, 'scheduler'",
+            fix="remove it there; use --lr and --warmup-share",
+        )
     if settings.rows_per_step % ranks.world:
         raise ConfigError(
             f"{settings.rows_per_step} packed rows in a step cannot be shared by {ranks.world} ranks",
@@ -51,6 +61,8 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.rows_per_step // ranks.world,
         "gradient_clipping": settings.max_grad_norm,
     }
+    if "train_batch_size" in config:
+        decided["train_batch_size"] = settings.rows_per_step
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
     parameters = optimizer.setdefault("params", {})
     for place, key, value in [(config, k, v) for k, v in decided.items()] + [(parameters, "lr", settings.lr)]:
@@ -61,9 +73,23 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
                 fix='write "auto" there and use the flag (--rows-per-step, --max-grad-norm, --lr)',
             )
         place[key] = value
+    left = next(_autos(config), None)
+    if left:
+        raise ConfigError(
+            f'"auto" stands at {left}, which this run does not decide', where=f"{path}, '{left}'", fix="write a value"
+        )
     if ranks.device.type == "cpu":
         parameters["torch_adam"] = True  # DeepSpeed's own needs to be compiled
     return dict(config)
+
+
+def _autos(config: dict[str, Any]) -> Iterator[str]:
+    """The keys that still say "auto"."""
+    for key, value in config.items():
+        if value == "auto":
+            yield key
+        elif isinstance(value, dict):
+            yield from _autos(value)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_share: float) -> float:
