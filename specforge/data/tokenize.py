@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer
 
 from specforge.errors import ConfigError, DataError

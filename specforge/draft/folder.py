@@ -128,9 +128,10 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
 
 def _check(raw: dict[str, Any], config: DraftConfig, kept_D: Tensor, t2d_V: Tensor) -> None:
     """Raises ValueError where the folder contradicts itself: a server would read the other half."""
-    if raw["eagle_aux_hidden_state_layer_ids"] != [layer + 1 for layer in config.aux_layers]:
+    vllm = raw["eagle_aux_hidden_state_layer_ids"]
+    if vllm != [layer + 1 for layer in config.aux_layers]:
         raise ValueError(
-            f"SGLang's layer ids {list(config.aux_layers)} and vLLM's {raw['eagle_aux_hidden_state_layer_ids']} "
+            f"eagle_aux_hidden_state_layer_ids: SGLang's {list(config.aux_layers)} and vLLM's {vllm} "
             "are not the same layers (vLLM's are one higher)"
         )
     if kept_D.min() < 0 or kept_D.max() >= config.vocab_size:
