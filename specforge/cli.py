@@ -76,6 +76,10 @@ def execute(
         return int(getattr(pipeline, command.replace("-", "_"))(chosen) or 0)
     except SpecforgeError as error:
         return _fail(str(error), 2, debug)
+    except OSError as error:
+        place = error.filename or "see --debug"
+        fix = "check the path, its permissions and the disk; nothing that was finished is lost"
+        return _fail(f"{error.strerror or error}\n  where: {place}\n  fix:   {fix}", 2, debug)
     except KeyboardInterrupt:
         return _fail("stopped by hand; the same command goes on from what was committed", 130, debug=False)
     except Exception as error:

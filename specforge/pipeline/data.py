@@ -16,6 +16,7 @@ from specforge.data import formats, prepared
 from specforge.data import regenerate as regeneration
 from specforge.data import split as splitting
 from specforge.data.tokenize import ChatTokenizer, require_supervised
+from specforge.errors import ConfigError, DataError
 from specforge.files import replacing, write_json
 from specforge.pipeline.shared import refuse_foreign, start_engine
 from specforge.target import weights
@@ -23,6 +24,12 @@ from specforge.target import weights
 
 def prepare_data(settings: PrepareDataSettings) -> int | None:
     refuse_foreign(settings.output, "report.json")
+    if Path(settings.dataset).resolve().parent == settings.output.resolve():
+        raise ConfigError(
+            "the data set lies in the output folder and could be written over",
+            where=f"--dataset {settings.dataset}, --output {settings.output}",
+            fix="choose another folder",
+        )
     tokenizer = None
     if settings.model_path:
         tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
@@ -30,6 +37,10 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
     read = formats.read_conversations(Path(settings.dataset), report)
     unique = splitting.without_exact_duplicates(read)
     train, test = splitting.split(unique, settings.test_share, settings.seed)
+    if not (train and test):
+        raise DataError(
+            "one prompt is too little: one must be held out", where=settings.dataset, fix="give at least two prompts"
+        )
     clean = splitting.without_leaks(train, test)
     report.dropped["exact duplicate"] = len(read) - len(unique)
     report.dropped["near-duplicate of a held-out conversation"] = len(train) - len(clean)
@@ -46,9 +57,6 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
         tokens = sum(len(example.token_ids) for example, _ in pairs)
         supervised = sum(int(example.loss_mask.sum()) for example, _ in pairs)
         content[name] = {"conversations": len(pairs), "tokens": tokens, "supervised_tokens": supervised}
-    for name, rows in ready.items():  # nothing is written before both splits are known to be good
-        with replacing(settings.output / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content |= {
         "rows": report.rows,
         "dropped": report.dropped,
@@ -58,6 +66,9 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
         "settings": settings.model_dump(mode="json"),
     }
     write_json(settings.output / "report.json", content)
+    for name, rows in ready.items():  # the report comes first: it says whose folder this is
+        with replacing(settings.output / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name in ("train", "test"):
         say(f"{name:>5}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in content[name].items()))
     dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
@@ -68,6 +79,12 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
 
 def regenerate(settings: RegenerateSettings) -> int | None:
     report = formats.ReadReport()
+    if settings.output.resolve() == settings.prompts.resolve():
+        raise ConfigError(
+            "the answers would be written over the prompts",
+            where=f"--output {settings.output}",
+            fix="choose another file",
+        )
     asked = formats.read_conversations(settings.prompts, report, needed="user")
     tokenizer = ChatTokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     info = weights.describe(settings.model_path, settings.trust_remote_code)

@@ -33,7 +33,8 @@ def leave(ranks: Ranks) -> None:
 
 def refuse_foreign(folder: Path, *own: str) -> None:
     """An output folder may be new, empty, or ours (it holds one of `own`); anything else is not touched."""
-    held = {entry.name for entry in folder.iterdir() if entry.suffix != ".log"} if folder.is_dir() else set()
+    found = folder.iterdir() if folder.exists() else []
+    held = {entry.name for entry in found if entry.suffix != ".log" and not entry.name.startswith(".")}
     if held and not held & set(own):
         raise ConfigError(
             "the output folder holds something else", where=f"--output {folder}", fix="choose a new or empty folder"

@@ -66,6 +66,14 @@ def _train_from_store(
     settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer, stores: dict[str, Store]
 ) -> int | None:
     layers = _layers_of_store(stores["train"], settings, info, tokenizer)
+    one, two = stores["train"].manifest, stores["test"].manifest
+    different = one.differences(two, but=("data_hash", "num_records"))
+    if different:
+        raise StoreError(
+            f"the stores of train and test were made with another {different[0]}",
+            where=f"{stores['test'].folder}/manifest.json, '{different[0]}'",
+            fix="capture both again with one `specforge prepare-hidden`",
+        )
     code = launch.start_ranks(1)
     if code is not None:
         return code

@@ -38,6 +38,14 @@ def resolve(model_path: str) -> Path:
         raise ConfigError(
             "the target has no config.json", where=str(folder), fix="give the folder of a model in Hugging Face layout"
         )
+    try:
+        readable = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ConfigError(
+            "the target's config.json is no JSON object", where=f"{folder}/config.json", fix="fetch the target again"
+        )
     return folder
 
 
@@ -103,6 +111,8 @@ def _headers(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
         try:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
+                if length > file.stat().st_size:
+                    raise ValueError("the header is longer than the file")
                 header = json.loads(stream.read(length))
         except (struct.error, ValueError, OSError) as error:
             raise EngineError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import numpy as np
 import pytest
@@ -140,21 +139,6 @@ def test_what_only_shares_phrases_stays():
     train = [conversation("please tell me in one sentence " + text(source, 10), text(source, 30)) for _ in range(50)]
     assert without_leaks(train, test) == train
     assert without_leaks(train, []) == train
-
-
-def test_removal_of_leaks_is_linear_also_where_all_rows_share_a_phrase():
-    """Prompts of real data sets begin with the same instruction: four times the rows may not take sixteen times as
-    long."""
-
-    def seconds(count):
-        source = random.Random(0)
-        phrase = text(source, 30)
-        rows = [conversation(phrase + " " + text(source, 30), text(source, 30)) for _ in range(2 * count)]
-        began = time.perf_counter()
-        assert len(without_leaks(rows[:count], rows[count:])) == count
-        return time.perf_counter() - began
-
-    assert seconds(1600) < 9 * max(seconds(400), 0.02)
 
 
 # Vocabulary
