@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from specforge.errors import ConfigError
+
 
 def count_supervised(rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]], vocab_size: int) -> NDArray[np.int64]:
     """[V] how often each token is supervised, over (token_ids [T], loss_mask [T]) pairs."""
@@ -17,7 +19,15 @@ def count_supervised(rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]
 
 
 def choose(counts_V: NDArray[np.int64], size: int, always: Sequence[int]) -> NDArray[np.int64]:
-    """[D] target ids, ascending: `always`, then the most frequent, then the lowest ids. D = min(size, V)."""
+    """[D] target ids, ascending: `always`, then the most frequent, then the lowest ids. D = min(size, V).
+
+    Raises ConfigError where `always` alone is more."""
+    if len(set(always)) > size:
+        raise ConfigError(
+            f"{len(set(always))} special tokens do not fit into a draft vocabulary of {size}",
+            where=f"--draft-vocab-size {size}",
+            fix="raise it; 32,000 is usual",
+        )
     rank_V = counts_V.copy()
     rank_V[list(always)] = np.iinfo(np.int64).max
     return np.sort(np.argsort(-rank_V, kind="stable")[: min(size, len(counts_V))])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 1024  # records among which the best fit is sought
+WINDOW = 256  # records among which the best fit is sought: more would pack the same company in every epoch
 
 Row = Sequence[int]  # record indices
 

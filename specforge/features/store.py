@@ -314,3 +314,4 @@ def _append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(path.parent)

@@ -23,7 +23,7 @@ from specforge.target import weights
 
 def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     info = weights.describe(settings.model_path, settings.trust_remote_code)
-    engines.check_tp(info, settings.tp_size)
+    engines.check_tp(info, settings.tp_size, settings.engine)
     layers = engines.aux_layers_of(settings, info)
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, settings.num_samples)

@@ -97,6 +97,12 @@ def regenerate(settings: RegenerateSettings) -> int | None:
                     file.write(json.dumps(formats.to_row(conversation), ensure_ascii=False) + "\n")
                     kept += 1
             advance(bar, len(batch))
+        if not kept:  # the old file stays
+            raise DataError(
+                f"none of {len(asked)} answers ended within {settings.max_new_tokens} tokens",
+                where=f"--max-new-tokens {settings.max_new_tokens}",
+                fix="raise it",
+            )
     say(f"{kept} of {len(asked)} answers ended within {settings.max_new_tokens} tokens and were kept")
     say(f"next: specforge prepare-data --dataset {settings.output} --model-path {settings.model_path}")
     return None

@@ -55,7 +55,7 @@ def train(settings: TrainSettings) -> int | None:
     if model_path is None:
         raise ConfigError("the target is not named", where="--model-path", fix="give the target's folder or hub name")
     info = weights.describe(model_path, settings.trust_remote_code)
-    engines.check_tp(info, settings.tp_size)
+    engines.check_tp(info, settings.tp_size, settings.engine)
     tokenizer = ChatTokenizer(model_path, settings.chat_template, settings.trust_remote_code)
     if stores:
         return _train_from_store(settings, info, tokenizer, stores)

@@ -38,8 +38,12 @@ def choose(engine: str) -> str:
     return "hf" if problem else "sglang"
 
 
-def check_tp(info: TargetInfo, tp_size: int) -> None:
-    """Raises ConfigError where the target's heads cannot be shared out evenly."""
+def check_tp(info: TargetInfo, tp_size: int, engine: str = "auto") -> None:
+    """Raises ConfigError where the engine has no tensor parallelism, or the target's heads cannot be shared evenly."""
+    if tp_size > 1 and engine == "hf":
+        raise ConfigError(
+            "the transformers engine has no tensor parallelism", where="--tp-size", fix="use --engine sglang"
+        )
     heads = int(str(info.config.get("num_attention_heads", 1)))
     kv_heads = int(str(info.config.get("num_key_value_heads") or heads))
     if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
@@ -59,7 +63,7 @@ def aux_layers_of(settings: EngineSettings, info: TargetInfo) -> tuple[int, ...]
 
 def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngine:
     """The engine, self-checked. Raises EngineError where it cannot be loaded or fails the check."""
-    check_tp(info, settings.tp_size)
+    check_tp(info, settings.tp_size, settings.engine)
     layers = aux_layers_of(settings, info)
     dtype = info.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
     name = choose(settings.engine)

@@ -56,11 +56,15 @@ def work(tmp_path_factory) -> Path:
     tiny.write_jsonl(folder / "rows.jsonl", tiny.conversations(120))
     (folder / "ds.json").write_text(json.dumps(FP32))
     run(command("prepare-data", "--dataset", "rows.jsonl", "--model-path", "target", "--output", "data"), folder)
-    said = run(command("prepare-hidden", "--model-path", "target", "--data", "data", "--output", "feat"), folder)
-    assert "in sglang" in said
+    assert "in sglang" in run(capture("feat"), folder)
     said = run(train("--features", "feat", "--output", "offline"), folder)
     assert "python -m sglang.launch_server --model-path target" in said
     return folder
+
+
+def capture(output: str) -> list[str]:
+    given = ["--model-path", "target", "--data", "data", "--output", output]
+    return command("prepare-hidden", *given, "--tokens-per-batch", 256, "--shard-mb", 1)
 
 
 def train(*arguments: object) -> list[str]:
@@ -153,33 +157,25 @@ def kill_when(arguments: list[str], folder: Path, ready) -> None:
 
 
 def test_a_killed_capture_goes_on_with_the_same_bytes(work):
-    def capture(output: str) -> list[str]:
-        given = ["--model-path", "target", "--data", "data", "--output", output]
-        return command("prepare-hidden", *given, "--tokens-per-batch", 256, "--shard-mb", 1)
-
-    run(capture("whole"), work)
     kill_when(capture("killed"), work, lambda: len(read_index(work / "killed" / "train")) >= 1)
     before = checksums(work / "killed" / "train")
-    assert 0 < len(before) < len(checksums(work / "whole" / "train"))
+    assert 0 < len(before) < len(checksums(work / "feat" / "train"))
     assert "going on" in run(capture("killed"), work)
     for split in ("train", "test"):
-        assert checksums(work / "killed" / split) == checksums(work / "whole" / split)
+        assert checksums(work / "killed" / split) == checksums(work / "feat" / split)
 
 
 def test_a_killed_training_goes_on_bit_for_bit(work):
-    def training(output: str) -> list[str]:
-        return train("--features", "feat", "--output", output, "--save-steps", 5)
-
-    run(training("straight"), work)
-    kill_when(training("resumed"), work, lambda: (work / "resumed" / "checkpoints" / "step-0000005").exists())
-    assert "going on after step" in run(training("resumed"), work)
-    one, two = newest(work / "straight"), newest(work / "resumed")
+    training = train("--features", "feat", "--output", "resumed", "--save-steps", 5)
+    kill_when(training, work, lambda: (work / "resumed" / "checkpoints" / "step-0000005").exists())
+    assert "going on after step" in run(training, work)
+    one, two = newest(work / "offline"), newest(work / "resumed")
     assert one.name == two.name
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
-    assert losses(work / "straight") == losses(work / "resumed")
+    assert losses(work / "offline") == losses(work / "resumed")
     assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
