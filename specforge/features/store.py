@@ -93,7 +93,8 @@ class StoreWriter:
         self.manifest = found or manifest
         lines, self.committed = read_index(folder), committed_ids(folder)
         self._number = sum(1 for line in lines if line["writer"] == writer)
-        for stray in folder.glob(f"*shard-{writer}-*"):  # what a kill left behind
+        strays = [*folder.glob(f"*shard-{writer}-*"), *(folder.glob(".tmp*") if writer == 0 else ())]
+        for stray in strays:  # what a kill left behind; .tmp*: safetensors' own
             if stray.name not in {line["file"] for line in lines}:
                 stray.unlink()
         self._pending: list[dict[str, Tensor]] = []
