@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def run(settings: DemoSettings) -> None:
     _clear(out, settings.fresh)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
-    _stage("convert target", ["-m", "specforge.target.gguf", str(MODEL)], seconds)
+    _stage("convert target", ["-m", "specforge.target.gguf", str(MODEL)], seconds, log=out / "specforge.log")
     target = ["--model-path", str(MODEL)]
     _command(
         "prepare-data", [*target, "--dataset", str(EXAMPLES), "--output", f"{out}/data", "--test-share", "0.1"], seconds
@@ -102,14 +103,20 @@ def _command(name: str, arguments: list[str], seconds: dict[str, float]) -> None
     _stage(name, ["-m", "specforge.cli", name, *arguments], seconds)
 
 
-def _stage(name: str, arguments: list[str], seconds: dict[str, float]) -> None:
+def _stage(name: str, arguments: list[str], seconds: dict[str, float], log: Path | None = None) -> None:
+    """Run Python with these arguments; with `log`, what it says goes there."""
     shown = " ".join(arguments[1:]).replace("specforge.cli", "specforge")
     console.print(f"\n[bold cyan]$ {shown}[/]" if "specforge.cli" in arguments else f"\n[bold cyan]# {name}[/]")
     began = time.perf_counter()
-    code = subprocess.run([sys.executable, *arguments], check=False).returncode
+    with log.open("ab") if log else contextlib.nullcontext() as file:
+        code = subprocess.run([sys.executable, *arguments], check=False, stdout=file, stderr=file).returncode
     seconds[name.replace(" ", "_").replace("-", "_")] = time.perf_counter() - began
     if code:
-        raise EngineError(f"the stage '{name}' ended with code {code}", where=shown, fix="its own message stands above")
+        raise EngineError(
+            f"the stage '{name}' ended with code {code}",
+            where=shown,
+            fix=f"its own message stands {f'in {log}' if log else 'above'}",
+        )
 
 
 def _show(summary: dict[str, Any]) -> None:

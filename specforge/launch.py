@@ -8,10 +8,12 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from specforge.console import say
 from specforge.errors import ConfigError
 from specforge.records import Ranks
 
@@ -52,11 +54,20 @@ def start_ranks(tp_size: int) -> int | None:
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     try:
-        elastic_launch(plan, sys.executable)("-m", "specforge.cli", *sys.argv[1:])
+        elastic_launch(plan, sys.executable)(*_own_command())
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 1)
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if 2 not in codes.values():  # such a fault was explained by rank 0
+            ended = ", ".join(f"rank {rank} with code {code}" for rank, code in codes.items())
+            say(f"[bold red]error[/] {ended}; see specforge.log and specforge-rank*.log in the output folder")
+        return next((code for code in codes.values() if code > 0), 1)
     return 0
+
+
+def _own_command() -> list[str]:
+    """What this process was started with, for Python: a script, or the command line as a module."""
+    script = Path(sys.argv[0])
+    return [*(["-m", "specforge.cli"] if script.name == "cli.py" else [str(script)]), *sys.argv[1:]]
 
 
 def join(tp_size: int) -> Ranks:

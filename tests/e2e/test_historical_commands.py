@@ -53,6 +53,14 @@ def test_prepare_hidden_states(work):
     assert len(Store(work / "hidden" / "train")) + len(Store(work / "hidden" / "test")) == 10
 
 
+def test_prepare_hidden_states_started_plainly_starts_its_own_ranks(work):
+    flags = (
+        "--model-path target --data-path rows.jsonl --max-length 256 --tp-size 2 --num-samples 4 --output-path plain"
+    )
+    run([sys.executable, f"{SCRIPTS}/prepare_hidden_states.py", *flags.split(), "--output-path", "plain"], work)
+    assert len(Store(work / "plain" / "train")) == 3
+
+
 def test_train_eagle3_online(work):
     flags = (
         "--target-model-path target --is-preformatted --chat-template qwen --train-data-path text.jsonl "

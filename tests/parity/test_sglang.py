@@ -18,6 +18,7 @@ import torch
 from tests.tiny import make_target
 
 BOUND = 0.015
+JUDGE = Path(__file__).with_name("judge_worker.py")
 WORKER = Path(__file__).with_name("sglang_worker.py")
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,19 @@ def test_two_replicas_of_two_with_deepspeed_over_all_ranks(targets):
     losses = results[0]["losses"]
     assert all(result["losses"] == losses for result in results)  # one optimizer over the four
     assert losses[-1] < losses[0] - 0.1  # the floor, the entropy of a random target, is 0.12 below
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sglangs_own_draft_class_agrees_with_ours(targets, tmp_path, family):
+    """A key, a norm, the rope or a layer id that SGLang reads otherwise would show here, not in production."""
+    command = [sys.executable, str(JUDGE), str(targets[family]), str(tmp_path / "draft")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["apart"] < BOUND
+    assert result["top1"] > 0.95
+    assert result["apart_if_shifted"] > 0.1  # one token off
 
 
 def test_every_sglang_name_is_there():
