@@ -30,9 +30,9 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(tp_size: int) -> int | None:
-    """Run this very command as one rank for each GPU (on a CPU: as `tp_size` ranks) and return its exit code; None
-    where this process is a rank already, or the only one.
+def start_ranks(tp_size: int, replicas: bool = True) -> int | None:
+    """Run this very command as several ranks and return its exit code; None where this process is a rank already, or
+    the only one. With `replicas` one rank for each GPU, else (and on a CPU) `tp_size` ranks.
 
     Raises ConfigError where the machine has fewer devices than a replica needs."""
     if is_rank():
@@ -43,7 +43,7 @@ def start_ranks(tp_size: int) -> int | None:
             where=f"--tp-size {tp_size}",
             fix="lower it, or start the command with torchrun on several machines",
         )
-    count = device_count() // tp_size * tp_size if torch.cuda.is_available() else tp_size
+    count = device_count() // tp_size * tp_size if torch.cuda.is_available() and replicas else tp_size
     if count == 1:
         return None
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -13,7 +13,7 @@ from specforge import launch
 from specforge.config import (
     BenchmarkSettings,
 )
-from specforge.console import say, tracked
+from specforge.console import is_main_rank, say, tracked
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
@@ -25,8 +25,9 @@ from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
-from specforge.pipeline.shared import check_lengths, check_target, say_serving, start_engine
-from specforge.records import RecordSource, TargetEngine
+from specforge.pipeline.shared import check_lengths, check_target, leave, say_serving, start_engine
+from specforge.records import Ranks, RecordSource, TargetEngine
+from specforge.target import engine as engines
 from specforge.target import weights
 
 
@@ -43,18 +44,20 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         raise ConfigError(
             "there is no held-out text", where="--features, --data", fix="give one of them: a store, or prepared data"
         )
-    ranks, tokenizer = (
-        launch.join(1),
-        ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code),
-    )
+    engines.check_tp(info, settings.tp_size, settings.engine)
+    tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     store = Store(settings.features / "test") if settings.features else None
     if store:
         check_target(store, info)
+    code = launch.start_ranks(settings.tp_size, replicas=False)
+    if code is not None:
+        return code
+    ranks = launch.join(settings.tp_size)
     engine: TargetEngine | None = None
     if store is None or settings.num_prompts:
         own_layers = settings.model_copy(update={"aux_layers": config.aux_layers})
         engine = start_engine(own_layers, info, ranks, settings.output.parent if settings.output else Path("."))
-    source, prompts = _held_out(settings, store, engine, tokenizer)
+    source, prompts = _held_out(settings, store, engine, tokenizer, ranks)
 
     dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
     draft, kept_D = draft_folder.load(settings.draft, dtype)
@@ -84,28 +87,35 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     }
     if settings.num_prompts and engine is not None:
         result["decode"] = _decode(settings, engine, drafting, prompts, tokenizer.stop_ids())
-    if settings.output:
+    if settings.output and is_main_rank():
         write_json(settings.output, result)
     if not result.get("decode", {"greedy_lossless": True})["greedy_lossless"]:
         say("[bold red]the decoded text differs from plain greedy decoding[/]: please report this")
         return 1
     say_serving(settings.draft, settings.model_path, settings.steps)
+    leave(ranks)
     return None
 
 
 def _held_out(
-    settings: BenchmarkSettings, store: Store | None, engine: TargetEngine | None, tokenizer: ChatTokenizer
+    settings: BenchmarkSettings,
+    store: Store | None,
+    engine: TargetEngine | None,
+    tokenizer: ChatTokenizer,
+    ranks: Ranks,
 ) -> tuple[RecordSource, list[list[int]]]:
     """(features of the held-out split, its prompts), from the store or captured live."""
     if store is not None:
         records = (store.record(index) for index in range(len(store)))
-        return StoreSource(store, 0), [_prompt(r.token_ids.numpy(), r.loss_mask.numpy()) for r in records]
+        return StoreSource(store, ranks.tp_rank), [_prompt(r.token_ids.numpy(), r.loss_mask.numpy()) for r in records]
     assert settings.data is not None
     assert engine is not None
     splits = prepared.load_splits(settings.data, tokenizer, settings.max_length)
     check_lengths(splits, settings.tokens_per_batch)
     examples = splits["test"]
-    return LiveSource(engine, examples, 0), [_prompt(example.token_ids, example.loss_mask) for example in examples]
+    return LiveSource(engine, examples, ranks.tp_rank), [
+        _prompt(example.token_ids, example.loss_mask) for example in examples
+    ]
 
 
 def _decode(
