@@ -32,7 +32,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "specforge.cli", *map(str, arguments)]
 
 
-def run(arguments: list[str], folder: Path, timeout: int = 200, code: int | None = 0) -> str:
+def run(arguments: list[str], folder: Path, timeout: int = 300, code: int | None = 0) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run(
         arguments,
