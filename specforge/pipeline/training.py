@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,7 @@ def _train(
         batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
         return teacher_forced(draft.eval(), head.embedding_VH, kept_D, batches, settings.steps)
 
+    @lru_cache(maxsize=1)
     def plan(epoch: int) -> Slots:
         rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
         return share_out(rows, settings.rows_per_step, ranks.world)

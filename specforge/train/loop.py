@@ -50,8 +50,7 @@ class Run:
 def train(run: Run) -> Acceptance:
     """All epochs from where `run.state` is; returns the held-out acceptance of the best draft."""
     settings, state = run.settings, run.state
-    steps_per_epoch = len(run.plan(0))
-    total = steps_per_epoch * settings.epochs
+    total = len(run.plan(0)) * settings.epochs  # other epochs may pack into a row more or less
     best: Acceptance | None = None
     _trim_log(run)
     if state.updates == 0:
@@ -129,9 +128,6 @@ def _packed(run: Run, records: list[FeatureRecord]) -> FeatureBatch | None:
 def _save(run: Run, best: bool = False) -> None:
     """A checkpoint, and the draft as `best` where it is. Collective; rank 0 writes."""
     settings, state = run.settings, run.state
-    steps_per_epoch = len(run.plan(0))
-    if state.step_in_epoch == steps_per_epoch:  # the epoch's end is saved after its evaluation
-        return
     tensors = run.optimizer.state()
     if is_main_rank():
         folder, draft, kept_D = run.output / "checkpoints", run.step.draft, run.step.kept_D

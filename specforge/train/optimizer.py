@@ -97,7 +97,8 @@ def learning_rate(step: int, total: int, peak: float, warmup_share: float) -> fl
     warmup = max(1, round(total * warmup_share))
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class DraftOptimizer:
