@@ -38,7 +38,7 @@ def _add_command(name: str, settings: Any) -> None:
     """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override."""
 
     def run(**given: Any) -> None:
-        debug, file = given.pop("debug"), given.pop("config")
+        debug, file, _ = given.pop("debug"), given.pop("config"), given.pop("local_rank")
         flags = {key: value for key, value in given.items() if value is not None}
         if isinstance(flags.get("aux_layers"), str):
             flags["aux_layers"] = tuple(flags["aux_layers"].replace(",", " ").split())
@@ -56,6 +56,8 @@ def _add_command(name: str, settings: Any) -> None:
         option = typer.Option(declaration, help=help_text, show_default=False)
         parameters.append(_parameter(key, Annotated[_flag_type(field.annotation) | None, option]))
     parameters.append(_parameter("config", Annotated[Path | None, typer.Option(help="settings as YAML")]))
+    local_rank = typer.Option("--local_rank", hidden=True)  # given by deepspeed's launcher, which sets LOCAL_RANK too
+    parameters.append(_parameter("local_rank", Annotated[int | None, local_rank]))
     parameters.append(_parameter("debug", Annotated[bool, typer.Option("--debug", help="show tracebacks")], False))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app.command(name, help=settings.__doc__)(run)

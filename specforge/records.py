@@ -126,7 +126,9 @@ class TargetHead:
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
 
     def to(self, device: torch.device) -> TargetHead:
-        return replace(self, embedding_VH=self.embedding_VH.to(device), head_VH=self.head_VH.to(device))
+        embedding_VH = self.embedding_VH.to(device)
+        tied = self.head_VH is self.embedding_VH
+        return replace(self, embedding_VH=embedding_VH, head_VH=embedding_VH if tied else self.head_VH.to(device))
 
     def logits(self, last_SH: Tensor, head: Tensor | None = None) -> Tensor:
         """The target's own logits for hidden states after the final norm, over `head`'s rows (default: all)."""

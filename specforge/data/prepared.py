@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from specforge.alignment import prediction_depth
 from specforge.data.formats import ReadReport, is_text, read_rows, to_conversation
 from specforge.data.tokenize import ChatTokenizer, require_supervised
 from specforge.errors import DataError
@@ -70,11 +71,10 @@ def _to_example(
             return "input_ids or loss_mask that are no numbers"
         if min(ids) < 0 or max(ids) >= len(tokenizer.tokenizer):
             return "input_ids outside the target's vocabulary"
-        return Example(
-            sample_id=sample_id,
-            token_ids=np.asarray(ids[:max_length], dtype=np.int32),
-            loss_mask=np.asarray(mask[:max_length], dtype=np.bool_),
-        )
+        mask_T = np.asarray(mask[:max_length], dtype=np.bool_)
+        if not prediction_depth(mask_T).any():
+            return "no assistant tokens to predict within the maximum length"
+        return Example(sample_id=sample_id, token_ids=np.asarray(ids[:max_length], dtype=np.int32), loss_mask=mask_T)
     if is_text(row.get("text")):
         return tokenizer.preformatted(row["text"], sample_id, max_length)
     conversation = to_conversation(row, default_id)

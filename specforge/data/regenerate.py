@@ -16,13 +16,18 @@ def answer(
     batch_size: int,
 ) -> Iterator[list[Conversation | None]]:
     """Batches of conversations with the target's greedy answer to the first user turn; None where it did not end
-    within `max_new_tokens`."""
+    within `max_new_tokens`, or where the prompt leaves no room for it in one pass of the target."""
     stop_ids = tokenizer.stop_ids()
     for start in range(0, len(conversations), batch_size):
         batch = conversations[start : start + batch_size]
         prompts = [tokenizer.prompt_ids(conversation) for conversation in batch]
         answered: list[Conversation | None] = []
-        for conversation, ids in zip(batch, engine.generate(prompts, max_new_tokens, stop_ids), strict=True):
+        fits = [len(ids) + max_new_tokens <= engine.tokens_per_batch for ids in prompts]
+        answers = iter(
+            engine.generate([p for p, ok in zip(prompts, fits, strict=True) if ok], max_new_tokens, stop_ids)
+        )
+        for conversation, ok in zip(batch, fits, strict=True):
+            ids = next(answers) if ok else [-1]
             if ids[-1] not in stop_ids:
                 answered.append(None)
                 continue

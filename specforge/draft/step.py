@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class DraftStep(nn.Module):
         draft_id_V = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=kept_D.device)
         draft_id_V[kept_D] = torch.arange(len(kept_D), device=kept_D.device)
         # Plain attributes, not buffers: nothing of the target is trained, cast, broadcast or saved.
-        self.frozen = (head, head.head_VH[kept_D].contiguous(), kept_D, draft_id_V)
+        teacher_head_DH = head.head_VH[kept_D].contiguous()
+        self.frozen = (replace(head, head_VH=teacher_head_DH), teacher_head_DH, kept_D, draft_id_V)
 
     @property
     def kept_D(self) -> Tensor:
@@ -60,10 +61,9 @@ class DraftStep(nn.Module):
         return torch.stack(counts)
 
     def forward(self, batch: FeatureBatch | None, normaliser: Tensor) -> StepResult:
-        if batch is None:  # a rank without a row takes part in the collectives with a zero gradient
-            zero = torch.stack([parameter.sum() * 0 for parameter in self.parameters()]).sum().float()
-            none = self.no_rows()
-            return StepResult(loss=zero, loss_sum=none.float(), loss_rows=none, hits=none, rows=none)
+        idle = batch is None or not bool((batch.depth > 0).any())
+        if batch is None or idle:  # ZeRO-2 needs every gradient, in one order, on all ranks: the same graph, times zero
+            batch = self._blank()
         head, teacher_head_DH, kept_D, draft_id_V = self.frozen
         unrolled = unroll(self.draft, head.embedding_VH, batch, self.steps)
         step_M = torch.cat([torch.full_like(step.rows_R, i) for i, step in enumerate(unrolled)])
@@ -82,6 +82,9 @@ class DraftStep(nn.Module):
             teacher_M[known_M],
             share_i.float()[step_m],
         )
+        if idle:
+            none = self.no_rows()
+            return StepResult(loss=loss * 0, loss_sum=none.float(), loss_rows=none, hits=none, rows=none)
         hit_m = kept_D[best_m] == top1_M[known_M]
         return StepResult(
             loss=loss,
@@ -89,4 +92,24 @@ class DraftStep(nn.Module):
             loss_rows=torch.bincount(step_m, minlength=self.steps),
             hits=torch.bincount(step_m[hit_m], minlength=self.steps),
             rows=torch.bincount(step_M, minlength=self.steps),
+        )
+
+    def _blank(self) -> FeatureBatch:
+        """One record of three tokens with one row that counts, for a rank that has none."""
+        weight, device = self.draft.fc.weight, self.kept_D.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return FeatureBatch(
+            sample_ids=(),
+            lengths=(3,),
+            token_ids=zeros(3),
+            positions=torch.arange(3, device=device),
+            depth=torch.tensor([1, 0, 0], device=device),
+            aux=zeros(3, weight.shape[1], dtype=weight.dtype),
+            last=zeros(1, weight.shape[0], dtype=weight.dtype),
+            teacher_index=torch.tensor([-1, 0, -1], device=device),
+            teacher_top1=self.kept_D[:1].clone(),
+            teacher_lse=zeros(1, dtype=torch.float32),
         )

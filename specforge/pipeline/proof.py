@@ -17,7 +17,7 @@ from specforge.console import is_main_rank, say, tracked
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
-from specforge.errors import CheckpointError, ConfigError
+from specforge.errors import CheckpointError, ConfigError, StoreError
 from specforge.evaluate import decode
 from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.decode import Drafting
@@ -49,6 +49,12 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     store = Store(settings.features / "test") if settings.features else None
     if store:
         check_target(store, info)
+        if store.manifest.aux_layers != config.aux_layers:
+            raise StoreError(
+                f"the store holds aux layers {store.manifest.aux_layers}, the draft reads {config.aux_layers}",
+                where=f"{store.folder}/manifest.json, 'aux_layers'",
+                fix=f"capture with --aux-layers {' '.join(map(str, config.aux_layers))}",
+            )
     code = launch.start_ranks(settings.tp_size, replicas=False)
     if code is not None:
         return code
@@ -85,7 +91,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         "steps": settings.steps,
         "teacher_forced": forced.as_json(),
     }
-    if settings.num_prompts and engine is not None:
+    if settings.num_prompts and any(prompts) and engine is not None:
         result["decode"] = _decode(settings, engine, drafting, prompts, tokenizer.stop_ids())
     if settings.output and is_main_rank():
         write_json(settings.output, result)
@@ -128,7 +134,7 @@ def _decode(
     """Plain and speculative decoding of the same prompts, and what came of it."""
     chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
     room = settings.tokens_per_batch - settings.max_new_tokens * (settings.steps + 1)
-    if max(map(len, chosen)) > room:
+    if max(map(len, chosen), default=0) > room:
         raise ConfigError(
             f"the longest prompt has {max(map(len, chosen))} tokens, the target's cache has room for {room}",
             where=f"--tokens-per-batch {settings.tokens_per_batch}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import lru_cache
 from typing import Any
 
@@ -118,6 +119,9 @@ def _train(
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
     identity = _identity(settings, info, layers, data_hash, str(dtype))
     state, kept, tensors = _resume_point(settings, identity)
+    if is_main_rank() and not settings.resume:  # or a later resume would find the run that was given up
+        for name in ("checkpoints", "best"):
+            shutil.rmtree(settings.output / name, ignore_errors=True)
     if kept is None:
         kept = vocab.choose(counts_V, settings.draft_vocab_size, special_ids)
     if is_main_rank():
@@ -126,11 +130,11 @@ def _train(
     head = weights.load_head(info, dtype)
     draft = Eagle3Draft(DraftConfig.for_target(info, layers, len(kept), settings.draft_intermediate_size))
     draft.initialise(head, kept_D.cpu(), settings.seed)
-    head = head.to(ranks.device)
-    step = DraftStep(draft.to(ranks.device), head, kept_D, settings.steps, settings.step_decay)
+    step = DraftStep(draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay)
     optimizer = DraftOptimizer(step, ds_config, ranks)
     if state is not None and tensors is not None:
         optimizer.load_state(tensors, state.updates)
+        del tensors  # three times the draft in fp32
         say(f"going on after step {state.updates}, epoch {state.epoch + 1}")
     say(
         f"draft: {sum(p.numel() for p in draft.parameters()) / 1e6:.1f} M parameters, vocabulary {len(kept):,} "
@@ -140,7 +144,7 @@ def _train(
 
     def evaluate() -> Acceptance:
         batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
-        return teacher_forced(draft.eval(), head.embedding_VH, kept_D, batches, settings.steps)
+        return teacher_forced(draft.eval(), step.embedding_VH, kept_D, batches, settings.steps)
 
     @lru_cache(maxsize=1)
     def plan(epoch: int) -> Slots:

@@ -47,11 +47,10 @@ class Run:
         return self.settings.output
 
 
-def train(run: Run) -> Acceptance:
-    """All epochs from where `run.state` is; returns the held-out acceptance of the best draft."""
+def train(run: Run) -> None:
+    """All epochs from where `run.state` is."""
     settings, state = run.settings, run.state
     total = len(run.plan(0)) * settings.epochs  # other epochs may pack into a row more or less
-    best: Acceptance | None = None
     _trim_log(run)
     if state.updates == 0:
         untrained = run.evaluate()
@@ -63,8 +62,9 @@ def train(run: Run) -> Acceptance:
         records = run.source.batches([slot for slots in own_slots for slot in slots])
         with progress(f"epoch {state.epoch + 1}/{settings.epochs}", len(steps), "steps") as bar:
             for slots in steps:
+                began = time.perf_counter()
                 batches = [_packed(run, found) for found in islice(records, len(slots))]
-                row = _update(run, batches, total)
+                row = _update(run, batches, total, began)
                 _log(run, row)
                 advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s")
                 if state.updates % settings.save_steps == 0:
@@ -73,7 +73,7 @@ def train(run: Run) -> Acceptance:
         acceptance = run.evaluate()
         better = acceptance.length > state.best_length
         if better:
-            state.best_length, state.best_epoch, best = acceptance.length, state.epoch, acceptance
+            state.best_length, state.best_epoch = acceptance.length, state.epoch
         _log(run, {"epoch": state.epoch, "held_out": acceptance.as_json()})
         say(
             f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
@@ -82,12 +82,12 @@ def train(run: Run) -> Acceptance:
             + ("  [green]best[/]" if better else "")
         )
         _save(run, best=better)
-    return best or run.evaluate()
+    say(f"best: epoch {state.best_epoch}, held-out acceptance length {state.best_length:.3f}")
 
 
-def _update(run: Run, batches: list[FeatureBatch | None], total: int) -> dict[str, Any]:
+def _update(run: Run, batches: list[FeatureBatch | None], total: int, began: float) -> dict[str, Any]:
     """One optimizer step over this rank's packed rows."""
-    settings, state, began = run.settings, run.state, time.perf_counter()
+    settings, state = run.settings, run.state
     run.step.train()
     normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
     dist.all_reduce(normaliser)
@@ -96,13 +96,15 @@ def _update(run: Run, batches: list[FeatureBatch | None], total: int) -> dict[st
     results = [run.optimizer.accumulate(batch, normaliser) for batch in batches]
     state.updates += 1
     state.step_in_epoch += 1
-    tokens = sum(sum(batch.lengths) for batch in batches if batch)
+    count = torch.tensor(sum(sum(batch.lengths) for batch in batches if batch), device=normaliser.device)
+    dist.all_reduce(count)
+    tokens = int(count)
     return _measure(results, normaliser, tokens, run) | {
         "step": state.updates,
         "epoch": state.epoch,
         "lr": rate,
         "grad_norm": run.optimizer.gradient_norm(),
-        "tokens_per_second": tokens * run.ranks.world / (time.perf_counter() - began),
+        "tokens_per_second": tokens / (time.perf_counter() - began),
     }
 
 

@@ -44,6 +44,19 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
             where=f"{path}, 'bf16' and 'zero_optimization'",
             fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
         )
+    kind = config.get("optimizer", {}).get("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        raise ConfigError(
+            f"the optimizer {kind} has no state that a checkpoint here knows",
+            where=f"{path}, 'type'",
+            fix='use "AdamW"',
+        )
+    if bf16 and stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise ConfigError(
+            "ZeRO stage 1 in bf16 with fp32 accumulation keeps its state where checkpoints do not find it",
+            where=f"{path}, 'grad_accum_dtype'",
+            fix="use stage 2",
+        )
     if "scheduler" in config:
         raise ConfigError(
             "the learning rate's course is the run's, not DeepSpeed's",
