@@ -31,7 +31,7 @@ def tokenize(
 ) -> list[tuple[Example, Conversation]]:
     pairs = list[tuple[Example, Conversation]]()
     for conversation in conversations:
-        example = tokenizer.example(conversation, len(pairs), max_length)
+        example = predictable(tokenizer.example(conversation, len(pairs), max_length))
         if isinstance(example, str):
             report.drop(example)
         else:
@@ -45,7 +45,7 @@ def load_examples(path: Path, tokenizer: ChatTokenizer, max_length: int, limit: 
     for row in read_rows(path, report):
         if limit is not None and len(examples) == limit:
             break
-        example = _to_example(row, tokenizer, len(examples), max_length, str(report.rows))
+        example = predictable(_to_example(row, tokenizer, len(examples), max_length, str(report.rows)))
         if isinstance(example, str):
             report.drop(example)
         else:
@@ -72,13 +72,18 @@ def _to_example(
         if min(ids) < 0 or max(ids) >= len(tokenizer.tokenizer):
             return "input_ids outside the target's vocabulary"
         mask_T = np.asarray(mask[:max_length], dtype=np.bool_)
-        if not prediction_depth(mask_T).any():
-            return "no assistant tokens to predict within the maximum length"
         return Example(sample_id=sample_id, token_ids=np.asarray(ids[:max_length], dtype=np.int32), loss_mask=mask_T)
     if is_text(row.get("text")):
         return tokenizer.preformatted(row["text"], sample_id, max_length)
     conversation = to_conversation(row, default_id)
     return conversation if isinstance(conversation, str) else tokenizer.example(conversation, sample_id, max_length)
+
+
+def predictable(example: Example | str) -> Example | str:
+    """The example, or a reason where its mask leaves a draft nothing to predict: no two assistant tokens in a row."""
+    if isinstance(example, Example) and not prediction_depth(example.loss_mask).any():
+        return "the loss mask leaves nothing to predict within the maximum length"
+    return example
 
 
 def load_splits(

@@ -11,7 +11,6 @@ import xxhash
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer
 
-from specforge.alignment import prediction_depth
 from specforge.errors import ConfigError, DataError
 from specforge.records import Conversation, Example
 
@@ -123,8 +122,8 @@ class ChatTokenizer:
         for first, last in spans:
             mask_T |= (start_T >= first) & (start_T < last) & (end_T <= last)
         mask_T = mask_T[:max_length]
-        if not prediction_depth(mask_T).any():
-            return "no assistant tokens to predict within the maximum length"
+        if not mask_T.any():
+            return "no assistant token within the maximum length"
         ids = np.asarray(encoded["input_ids"][:max_length], dtype=np.int32)
         return Example(sample_id=sample_id, token_ids=ids, loss_mask=mask_T)
 

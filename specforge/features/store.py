@@ -73,7 +73,7 @@ class Manifest:
             raise StoreError(f"the manifest is damaged: {error}", where=str(path), fix="capture again") from error
 
     def differences(self, other: Manifest, but: Sequence[str] = ()) -> list[str]:
-        free = {"target", *but}
+        free = {"target", "tokens_per_batch", *but}
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name not in free and mine[name] != theirs[name]]
 

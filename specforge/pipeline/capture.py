@@ -58,6 +58,9 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
         if code is not None:
             return code
     ranks = launch.join(settings.tp_size)
+    planned = [found.tokens_per_batch for n in splits if (found := existing(settings.output / n, manifests[n]))]
+    most = max([settings.tokens_per_batch, *planned])  # a store that is gone on with keeps its batches
+    settings = settings.model_copy(update={"tokens_per_batch": most})
     engine = start_engine(settings, info, ranks, settings.output)
     for name, examples in splits.items():
         _capture_split(engine, examples, manifests[name], settings, name, ranks)

@@ -40,10 +40,6 @@ def choose(engine: str) -> str:
 
 def check_tp(info: TargetInfo, tp_size: int, engine: str = "auto") -> None:
     """Raises ConfigError where the engine has no tensor parallelism, or the target's heads cannot be shared evenly."""
-    if tp_size > 1 and engine == "hf":
-        raise ConfigError(
-            "the transformers engine has no tensor parallelism", where="--tp-size", fix="use --engine sglang"
-        )
     heads = int(str(info.config.get("num_attention_heads", 1)))
     kv_heads = int(str(info.config.get("num_key_value_heads") or heads))
     if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
@@ -52,6 +48,10 @@ def check_tp(info: TargetInfo, tp_size: int, engine: str = "auto") -> None:
             f"{heads} attention heads ({kv_heads} key/value heads) cannot be shared by {tp_size} ranks",
             where=f"--tp-size {tp_size}",
             fix=f"use one of {', '.join(map(str, fitting))}",
+        )
+    if tp_size > 1 and engine == "hf":
+        raise ConfigError(
+            "the transformers engine has no tensor parallelism", where=f"--tp-size {tp_size}", fix="use --engine sglang"
         )
 
 

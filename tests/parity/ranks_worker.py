@@ -1,4 +1,4 @@
-"""Run by test_ranks.py: two optimizer steps over three packed rows, so that with two ranks one rank has none in the last;
+"""Run by test_ranks.py: two optimizer steps over three packed rows: with two ranks, one has none in the last;
 then the optimizer's whole state goes to a file."""
 
 from __future__ import annotations
