@@ -30,4 +30,6 @@ class _TorchvisionOnCpu(importlib.abc.MetaPathFinder):
 
 _kept: list[object] = []  # a library's schemas live as long as the object
 sys.meta_path.insert(0, _TorchvisionOnCpu())
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # fp32 products on a CPU repeat to the last bit (benchmarks/LOG.md)
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes of a run are forked after tokenizing

@@ -179,7 +179,9 @@ def test_a_killed_capture_goes_on_with_the_same_bytes(work):
         assert checksums(work / "killed" / split) == checksums(work / "feat" / split)
 
 
-def test_a_killed_training_goes_on_bit_for_bit(work):
+def test_a_killed_training_goes_on_as_if_it_had_not_been_killed(work):
+    """The same bits in nearly every run; fp32 products of CPU libraries were seen to differ between processes, by 4e-7
+    in a weight and 3e-8 in a loss after 17 steps. Forgotten moments or a wrong row change weights by about 1e-3."""
     training = train("--features", "feat", "--output", "resumed", "--save-steps", 5)
     kill_when(training, work, lambda: (work / "resumed" / "checkpoints" / "step-0000005").exists())
     assert "going on after step" in run(training, work)
@@ -188,8 +190,9 @@ def test_a_killed_training_goes_on_bit_for_bit(work):
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    assert losses(work / "offline") == losses(work / "resumed")
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
+    assert losses(work / "resumed") == pytest.approx(losses(work / "offline"), rel=1e-6)
     assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
