@@ -83,7 +83,7 @@ def execute(
         fix = "check the path, its permissions and the disk; nothing that was finished is lost"
         return _fail(f"{error.strerror or error}\n  where: {place}\n  fix:   {fix}", 2, debug)
     except KeyboardInterrupt:
-        return _fail("stopped by hand; the same command goes on from what was committed", 130, debug=False)
+        return _fail("stopped by hand; prepare-hidden and train go on where they were", 130, debug=False)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
 
@@ -99,7 +99,7 @@ def world_size() -> int:
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
-    if is_main_rank() or os.environ.get("SPECFORGE_SAY_ERRORS") == "all":
+    if is_main_rank():
         console.print("[bold red]error[/] ", end="")
         console.print(message, markup=False)
         if debug:
@@ -107,7 +107,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
     return code
 
 
-for _name, _settings in {
+SETTINGS: dict[str, type[config.Settings]] = {
     "prepare-data": config.PrepareDataSettings,
     "regenerate": config.RegenerateSettings,
     "prepare-hidden": config.PrepareHiddenSettings,
@@ -115,7 +115,8 @@ for _name, _settings in {
     "benchmark": config.BenchmarkSettings,
     "demo": config.DemoSettings,
     "doctor": config.DoctorSettings,
-}.items():
+}
+for _name, _settings in SETTINGS.items():
     _add_command(_name, _settings)
 
 

@@ -16,15 +16,7 @@ from specforge.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {command.name: command for command in cli.app.registered_commands if command.name}
-SETTINGS = {
-    "prepare-data": config.PrepareDataSettings,
-    "regenerate": config.RegenerateSettings,
-    "prepare-hidden": config.PrepareHiddenSettings,
-    "train": config.TrainSettings,
-    "benchmark": config.BenchmarkSettings,
-    "demo": config.DemoSettings,
-    "doctor": config.DoctorSettings,
-}
+SETTINGS = cli.SETTINGS
 
 
 def run(*arguments):
