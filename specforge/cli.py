@@ -25,12 +25,12 @@ app = typer.Typer(
 
 
 def _flag_type(annotation: Any) -> Any:
-    """What typer can parse: `X | None` becomes X, a tuple of ints a string of numbers."""
+    """What typer can parse: `X | None` becomes X, a tuple of ints a string of numbers, of strings a repeated flag."""
     inner = [argument for argument in get_args(annotation) if argument is not type(None)]
     if type(None) in get_args(annotation):
         annotation = inner[0]
     if get_origin(annotation) is tuple:
-        return str
+        return list[str] if get_args(annotation)[0] is str else str
     return annotation
 
 
@@ -39,7 +39,7 @@ def _add_command(name: str, settings: Any) -> None:
 
     def run(**given: Any) -> None:
         debug, file, _ = given.pop("debug"), given.pop("config"), given.pop("local_rank")
-        flags = {key: value for key, value in given.items() if value is not None}
+        flags = {key: value for key, value in given.items() if value not in (None, [])}
         if isinstance(flags.get("aux_layers"), str):
             flags["aux_layers"] = tuple(flags["aux_layers"].replace(",", " ").split())
         raise typer.Exit(execute(name, settings, flags, file, debug))

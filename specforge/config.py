@@ -34,20 +34,42 @@ class EngineSettings(Settings):
 class DataSettings(Settings):
     """How conversations become tokens and masks."""
 
-    max_length: int = Field(2048, ge=8, description="tokens; longer conversations are cut at the end")
-    chat_template: str | None = Field(None, description="a Jinja file (default: the target's own template)")
+    max_length: int = Field(2048, ge=8, description="most tokens of a conversation")
+    overlong: Literal["truncate-turn", "truncate", "drop"] = Field(
+        "truncate-turn", description="longer ones: cut behind the last whole turn that fits, cut anywhere, or drop"
+    )
+    train_on: Literal["all-turns", "last-turn"] = Field("all-turns", description="assistant turns to learn from")
+    chat_template: str | None = Field(
+        None, description="a Jinja file, or a short name such as llama3 (default: the target's own template)"
+    )
+    is_preformatted: bool = Field(False, description="rows hold {id, text} that already went through the template")
 
 
-class PrepareDataSettings(DataSettings):
+class VocabularySettings(Settings):
+    """What the draft can say."""
+
+    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
+
+
+class PrepareDataSettings(DataSettings, VocabularySettings):
     """Conversations in, exact tokens and loss masks out, split into train and test."""
 
-    dataset: str = Field(..., description="a JSONL file of conversations")
+    dataset: tuple[str, ...] = Field(
+        ..., min_length=1, description="ultrachat, sharegpt, mix, a file, or a hub name; =WEIGHT behind it; repeatable"
+    )
     model_path: str | None = Field(
         None, description="the target, for its tokenizer and chat template; without it conversations stay text"
     )
-    output: Path = Field(Path("cache/dataset/prepared"), description="folder for train.jsonl and test.jsonl")
+    output: Path | None = Field(None, description="folder for train.jsonl and test.jsonl (default: cache/dataset/NAME)")
     test_share: float = Field(0.05, gt=0, lt=1, description="share of the prompts held out")
-    seed: int = Field(0, description="chooses the held-out prompts")
+    min_exchanges: int | None = Field(
+        None, ge=1, description="fewest assistant turns (default: 2 for ultrachat, sharegpt and mix, else 1)"
+    )
+    max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows in no known format that is put up with")
+    seed: int = Field(0, description="chooses the held-out prompts, and mixes several data sets")
+    workers: int | None = Field(None, ge=1, description="processes that tokenize (default: one a core, 16 at most)")
+    show_mask: int = Field(0, ge=0, description="show this many rows with the supervised tokens coloured, and stop")
+    html: Path | None = Field(None, description="with --show-mask: write them as a page instead")
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
 
 
@@ -55,22 +77,21 @@ class PrepareHiddenSettings(EngineSettings, DataSettings):
     """The target's hidden states for every token, into a store."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
-    data: Path = Field(Path("cache/dataset/prepared"), description="a prepared folder, or a JSONL file")
+    data: Path = Field(Path("cache/dataset/mix"), description="a prepared folder, or a JSONL file")
     output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
     shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
 
 
-class TrainSettings(EngineSettings, DataSettings):
+class TrainSettings(EngineSettings, DataSettings, VocabularySettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
     features: Path | None = Field(None, description="folder that prepare-hidden wrote")
     online: bool = Field(False, description="capture from the live target while training; nothing goes to disk")
-    data: Path = Field(Path("cache/dataset/prepared"), description="with --online: a prepared folder or JSONL file")
+    data: Path = Field(Path("cache/dataset/mix"), description="with --online: a prepared folder or JSONL file")
     test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
     deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
-    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
     draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
     steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")

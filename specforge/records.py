@@ -11,9 +11,9 @@ Legend of shape suffixes, used all over the project:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,23 @@ from specforge.alignment import prediction_depth, teacher_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
+    """One turn. `content` is "" where the row holds none, as beside tool calls."""
+
     role: str
     content: str
+    reasoning: str | None = None  # what the assistant thought first, where the row keeps it apart
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"type": "function", "function": {"name", "arguments": {...}}}
+    tool_call_id: str | None = None  # of the call that a tool turn answers
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it, and as prepared files hold it; what is absent is left out."""
+        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            found["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            found["tool_calls"] = list(self.tool_calls)
+        return found | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +51,8 @@ class Conversation:
 
     id: str
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools that the assistant may call
+    source: str = ""  # the data set that it came from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,22 +51,22 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*more_special: str, **settings: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's special tokens and `more_special`; `settings` as eos_token, chat_template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_special]
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=397 + len(special),
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([sentence(random.Random(n), 20) for n in range(50)] + ["user assistant system"], trainer)
     bpe.add_special_tokens([AddedToken(text, special=True) for text in special])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
-    return fast
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML} | settings
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
 
 
 def make_target(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from specforge.config import DemoSettings, DoctorSettings
 from specforge.pipeline.capture import prepare_hidden
-from specforge.pipeline.data import prepare_data, regenerate
+from specforge.pipeline.data import prepare_data
 from specforge.pipeline.proof import benchmark
+from specforge.pipeline.regeneration import regenerate
 from specforge.pipeline.training import train
 
 __all__ = ["benchmark", "demo", "doctor", "prepare_data", "prepare_hidden", "regenerate", "train"]

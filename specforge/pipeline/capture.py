@@ -26,7 +26,7 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     engines.check_tp(info, settings.tp_size, settings.engine)
     layers = engines.aux_layers_of(settings, info)
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, settings.num_samples)
+    splits = prepared.load_splits(settings.data, tokenizer, settings, settings.num_samples)
     check_lengths(splits, settings.tokens_per_batch)
     dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
     manifests = {

@@ -116,7 +116,7 @@ def _held_out(
         return StoreSource(store, ranks.tp_rank), [_prompt(r.token_ids.numpy(), r.loss_mask.numpy()) for r in records]
     assert settings.data is not None
     assert engine is not None
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length)
+    splits = prepared.load_splits(settings.data, tokenizer, settings)
     check_lengths(splits, settings.tokens_per_batch)
     examples = splits["test"]
     return LiveSource(engine, examples, ranks.tp_rank), [

@@ -89,7 +89,7 @@ def _train_from_store(
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
     layers = engines.aux_layers_of(settings, info)
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, test=settings.test_data)
+    splits = prepared.load_splits(settings.data, tokenizer, settings, test=settings.test_data)
     check_lengths(splits, settings.tokens_per_batch)
     code = launch.start_ranks(settings.tp_size)
     if code is not None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from specforge import cli, console, launch
 from specforge.alignment import teacher_rows
+from specforge.config import DataSettings
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
@@ -43,7 +44,7 @@ def make_store(folder, target, *, layers=LAYERS, holes=0):
     """A store as prepare-hidden writes it, with states of the right shapes but no meaning. `holes` records are
     missing."""
     info, tokenizer = weights.describe(str(target)), ChatTokenizer(str(target))
-    for name, examples in prepared.load_splits(folder.parent / "data", tokenizer, 256).items():
+    for name, examples in prepared.load_splits(folder.parent / "data", tokenizer, DataSettings(max_length=256)).items():
         manifest = Manifest(
             target=str(target),
             target_fingerprint=info.fingerprint,
@@ -248,7 +249,7 @@ def test_broken_lines_under_one_percent_are_counted(work, bad):
     output = accepted(run(*prepare_data(work, jsonl(rows))))
     assert "1 broken line" in output
     report = json.loads(Path("out/report.json").read_text())
-    assert report["broken_lines"] == [11]
+    assert list(report["dropped_at"].values()) == [["rows.jsonl:11"]]
     assert report["rows"] == 200
     kept = sum(len(Path(f"out/{name}.jsonl").read_text().splitlines()) for name in ("train", "test"))
     assert kept == 200 - sum(report["dropped"].values())
