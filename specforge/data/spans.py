@@ -70,11 +70,14 @@ def _turn(
     if number == 0:
         return None  # nobody asked for it: no header is known
     message, tools = conversation.messages[number], conversation.tools
-    marked = template.render([*messages[:number], _marked(message), *messages[number + 1 :]], tools, False)
-    if marked.count(MARK) != 1:
+    mark = MARK
+    while mark in text:
+        mark += MARK
+    marked = template.render([*messages[:number], _marked(message, mark), *messages[number + 1 :]], tools, False)
+    if marked.count(mark) != 1:
         return None
-    at = marked.index(MARK)
-    tail = marked[at + len(MARK) :]
+    at = marked.index(mark)
+    tail = marked[at + len(mark) :]
     if message.tool_calls:  # the mark stands inside the last call: go on to the token that ends the turn
         stops = [found for stop in template.stops if (found := tail.find(stop)) >= 0]
         if not stops:
@@ -94,13 +97,13 @@ def _turn(
     return start, end_of_turn(text, content_end, template.special)
 
 
-def _marked(message: Message) -> dict[str, Any]:
+def _marked(message: Message, mark: str) -> dict[str, Any]:
     """The turn with the mark where its own text ends."""
     found = message.as_dict()
     if not message.tool_calls:
-        return found | {"content": MARK}
+        return found | {"content": mark}
     *others, last = message.tool_calls
-    call = dict(last) | {"function": {"name": last["function"]["name"], "arguments": {"a": MARK}}}
+    call = dict(last) | {"function": {"name": last["function"]["name"], "arguments": {"a": mark}}}
     return found | {"tool_calls": [*others, call]}
 
 
