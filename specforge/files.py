@@ -14,7 +14,8 @@ from typing import IO, Any, BinaryIO
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of `path` when the block ends without an error."""
-    with replacing_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
+    with replacing_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
         yield text
         text.flush()
         text.detach()

@@ -52,16 +52,19 @@ def pieces(tokenizer: Any, ids_T: NDArray[Any], mask_T: NDArray[Any]) -> list[Pi
     return found
 
 
-def coloured(row: Row) -> Text:
-    """For a terminal: supervised tokens on green, two shades in turn; special tokens in bold."""
+def coloured(row: Row, brackets: bool) -> Text:
+    """For a terminal: supervised tokens on green, two shades in turn; special tokens in bold. With `brackets`, for
+    where colours are lost, ⟦ ⟧ stand around what is supervised."""
     shown = Text(f"── {row.place}  {row.id}  ", style="bold cyan")
     shown.append(f"{sum(p.supervised for p in row.pieces)} of {len(row.pieces)} supervised\n", style="cyan")
     for number, piece in enumerate(row.pieces):
         style = STYLES[piece.supervised, number % 2 == 1]
+        if brackets and piece.supervised != (number > 0 and row.pieces[number - 1].supervised):
+            shown.append("⟦" if piece.supervised else "⟧")
         shown.append(_visible(piece.text), style=f"bold {style}" if piece.special else style)
         if "\n" in piece.text:
             shown.append("\n")
-    return shown
+    return shown.append("⟧") if brackets and row.pieces and row.pieces[-1].supervised else shown
 
 
 def page(rows: Sequence[Row], target: str) -> str:

@@ -190,8 +190,6 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
     for source in sources:
         for path in source.files:
             for number, row in read_rows(path, report, max_bad=1.0):
-                if len(shown) == settings.show_mask:
-                    break
                 place = f"{path.name}:{number}"
                 entry = preparation.usable(row, source.name, place, settings, report)
                 if entry is None:
@@ -201,6 +199,8 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
                     report.drop(masked, place)
                 else:
                     shown.append(show.Row(place, entry.id, show.pieces(tokenizer.tokenizer, *masked)))
+                if len(shown) == settings.show_mask:
+                    break
     if not shown:
         raise DataError(
             f"no row to show: {preparation.listed(report)}", where=settings.dataset[0], fix="mend what is named"
@@ -211,6 +211,6 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
         say(f"written: {settings.html}")
     else:
         for one in shown:
-            console.print(show.coloured(one))
+            console.print(show.coloured(one, brackets=not console.is_terminal))
     say(f"{len(shown)} of the first {report.rows} rows; dropped before them: {preparation.listed(report)}")
     say("next: the same command without --show-mask")
