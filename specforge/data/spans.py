@@ -38,12 +38,43 @@ class Template:
     render: Callable[[Sequence[dict[str, Any]], Sequence[Any], bool], str]  # messages, tools, with generation prompt
     special: tuple[str, ...]  # texts of the special tokens
     stops: tuple[str, ...] = ()  # of them, those that end what the target writes
+    prompt: str = ""  # the generation prompt, where it is always the same
 
 
 def assistant_spans(template: Template, conversation: Conversation) -> tuple[str, list[Span]] | str:
     """The rendered conversation and the span of each assistant turn, or the reason why one is not certain."""
     messages = [message.as_dict() for message in conversation.messages]
     text = template.render(messages, conversation.tools, False)
+    spans = regular_spans(template, conversation, messages, text)
+    return (text, spans) if spans else turn_by_turn(template, conversation, messages, text)
+
+
+def regular_spans(
+    template: Template, conversation: Conversation, messages: list[dict[str, Any]], text: str
+) -> list[Span] | None:
+    """The spans by one render instead of two a turn: that with a mark in place of every assistant's content. None
+    unless the text is that render with the contents put in, whole, and the generation prompt stands before each."""
+    turns = [m for m in conversation.messages if m.role == "assistant"]
+    if not template.prompt or MARK in text or any(m.tool_calls or m.reasoning for m in turns):
+        return None
+    marked = [m | {"content": MARK} if m["role"] == "assistant" else m for m in messages]
+    first, *pieces = template.render(marked, conversation.tools, False).split(MARK)
+    if len(pieces) != len(turns) or not text.startswith(first):
+        return None
+    spans, at = list[Span](), len(first)
+    for message, before, behind in zip(turns, [first, *pieces], pieces, strict=False):
+        content = message.content if text.startswith(message.content + behind, at) else message.content.strip()
+        if not before.endswith(template.prompt) or not text.startswith(content + behind, at):
+            return None
+        spans.append((at, end_of_turn(text, at + len(content), template.special)))
+        at += len(content) + len(behind)
+    return spans if at == len(text) else None
+
+
+def turn_by_turn(
+    template: Template, conversation: Conversation, messages: list[dict[str, Any]], text: str
+) -> tuple[str, list[Span]] | str:
+    """The same for any template: every turn is found by itself."""
     spans = list[Span]()
     for number, message in enumerate(conversation.messages):
         if message.role == "assistant":

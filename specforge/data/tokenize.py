@@ -61,7 +61,9 @@ class ChatTokenizer:
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content
         )
         self._template = Template(self.render, self._special)
-        self._template = Template(self.render, self._special, tuple(self._stop_texts()))
+        self._template = Template(self.render, self._special, tuple(self._stop_texts()), self._prompt())
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +120,15 @@ class ChatTokenizer:
             texts |= {token for token in self._special if text[slice(*spans[0])].endswith(token)}
         return sorted(texts)
 
+    def _prompt(self) -> str:
+        """What the template writes to hand over to the target, "" where that is not simply put behind the rest."""
+        turn = [{"role": "user", "content": "a"}]
+        try:
+            closed, opened = self.render(turn), self.render(turn, open_turn=True)
+        except TemplateError:
+            return ""
+        return opened[len(closed) :] if opened.startswith(closed) else ""
+
     def special_ids(self) -> list[int]:
         """Special tokens and ends of turn: always in the draft vocabulary."""
         return sorted({*self.tokenizer.all_special_ids, *self.stop_ids()})
@@ -137,13 +148,12 @@ class ChatTokenizer:
         left within the maximum length, or nothing that a draft could predict."""
         located = [self._locate(entry) for entry in entries]
         texts = [found[0] for found in located if isinstance(found, tuple)]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else None
-        results, at = list[Masked | str](), 0
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+        results = list[Masked | str]()
         for entry, found in zip(entries, located, strict=True):
             if isinstance(found, tuple):
-                assert encoded is not None
-                masked = _mask(encoded["input_ids"][at], encoded["offset_mapping"][at], found[1], rules.train_on)
-                at += 1
+                encoded = next(encodings)
+                masked = _mask(encoded.ids, encoded.offsets, found[1], rules.train_on)
             elif isinstance(entry, Tokens) and found is None:
                 masked = self._given(entry)
             else:
@@ -183,10 +193,7 @@ class ChatTokenizer:
     def _headed(self, text: str) -> tuple[str, list[Span]] | str:
         """Text that already went through the template. A turn stands between the template's assistant header and its
         end of turn. A header inside a user's own text cannot be told from a real one."""
-        turn = [{"role": "user", "content": "a"}]
-        closed, opened = self.render(turn), self.render(turn, open_turn=True)
-        header = opened[len(closed) :] if opened.startswith(closed) else ""
-        spans, at = list[Span](), 0
+        spans, at, header = list[Span](), 0, self._template.prompt
         while header and (at := text.find(header, at)) >= 0:
             start = at + len(header)
             ends = [end for token in self._special if (end := text.find(token, start)) >= 0]

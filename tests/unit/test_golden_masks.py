@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from specforge.config import DataSettings
 from specforge.data.formats import parse
+from specforge.data.spans import regular_spans, turn_by_turn
 from specforge.data.tokenize import TEMPLATES, ChatTokenizer
 from tests import tiny
 
@@ -46,6 +48,9 @@ FAMILIES = {  # special tokens beside those of every tiny tokenizer, and which o
         {"eos_token": "<|return|>"},
     ),
 }
+
+
+SHORT = {"chatml", "llama3", "gemma", "deepseek"}  # the others open a turn with more than their generation prompt
 
 
 def turns(*texts: str) -> list[dict[str, object]]:
@@ -120,6 +125,23 @@ def test_masks_are_those_that_were_checked_by_hand(family, tmp_path):
     assert list(expected) == list(CASES)
     for name, messages in CASES.items():
         assert shown(chat, messages, DataSettings(max_length=4096)) == expected[name], name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_short_way_finds_what_the_long_way_finds(family, tmp_path):
+    chat, short = chat_of(family, tmp_path), 0
+    for messages in CASES.values():
+        _, conversation = parse({"conversations": messages}, "c")
+        dicts = [message.as_dict() for message in conversation.messages]
+        try:
+            text = chat.render(dicts)
+        except TemplateError:
+            continue
+        spans = regular_spans(chat._template, conversation, dicts, text)
+        if spans is not None:
+            short += 1
+            assert turn_by_turn(chat._template, conversation, dicts, text) == (text, spans)
+    assert (short > 8) == (family in SHORT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
