@@ -3,8 +3,7 @@
     python benchmarks/prepare_data.py --model-path cache/models/SmolLM2-135M-Instruct [--conversations 200000]
 
 The conversations are random words of the example conversations, three exchanges of about 5 KB together, so 200,000 are
-1 GB. Memory is the sum of the resident sets of the command and its workers, sampled every 0.2 s (pages that processes
-share are counted for each)."""
+1 GB. Memory is the sum over the command and its workers of the proportional set size, sampled every 0.2 s."""
 
 from __future__ import annotations
 
@@ -46,13 +45,14 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps({"id": str(number), "conversations": turns}) + "\n")
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process and all that it started."""
+def memory(pid: int) -> int:
+    """Bytes of a process and all that it started; pages that they share count once."""
     total = 0
     try:
-        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total = int(re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[1]) * 1024
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(map(resident, map(int, (thread / "children").read_text().split())))
+            total += sum(map(memory, map(int, (thread / "children").read_text().split())))
     except OSError:
         pass  # it has just ended
     return total
@@ -64,7 +64,7 @@ def whole_command(rows: Path, model: str, output: Path, workers: int) -> dict[st
     process = subprocess.Popen([sys.executable, "-m", "specforge.cli", "prepare-data", *map(str, arguments)], cwd=ROOT)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, resident(process.pid))
+        peak = max(peak, memory(process.pid))
         time.sleep(0.2)
     seconds = time.perf_counter() - began
     assert process.returncode == 0

@@ -58,7 +58,8 @@ class ReadReport:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     where: dict[str, list[str]] = field(default_factory=dict)  # reason -> "rows.jsonl:12", the first few
-    broken: int = 0  # rows that no format explains; the other reasons are a choice
+    bad: int = 0  # of them, rows in no known format; the other reasons are a choice
+    bad_where: list[str] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
 
     def drop(self, reason: str, place: str = "", rows: int = 1) -> None:
@@ -67,10 +68,17 @@ class ReadReport:
         if place and len(named) < NAMED_LINES:
             named.append(place)
 
+    def drop_bad(self, reason: str, place: str) -> None:
+        """A row in no known format: too many of them end the run."""
+        self.drop(reason, place)
+        self.bad += 1
+        if len(self.bad_where) < NAMED_LINES:
+            self.bad_where.append(place)
+
     def add(self, other: ReadReport) -> None:
         """Take over what another part of the same work met."""
         self.rows += other.rows
-        self.broken += other.broken
+        self.bad += other.bad
         self.formats += other.formats
         for reason, rows in other.dropped.items():
             self.drop(reason, rows=rows)
@@ -78,8 +86,9 @@ class ReadReport:
 
 
 def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, JSON object) of a file. Broken lines are counted; over a share `max_bad` raises DataError."""
-    before, first = report.broken, report.rows
+    """(line number, JSON object) of a file. Broken lines are counted, with the rows that the caller reports as bad;
+    raises DataError where together they are more than a share `max_bad` of the file."""
+    before, first = report.bad, report.rows
     for number, line in lines(path):
         report.rows += 1
         try:
@@ -90,18 +99,16 @@ def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator
                 raise ValueError(f"a JSON {type(row).__name__}, not an object")
         except ValueError as error:  # cut lines, invalid UTF-8, half surrogate pairs
             reason = str(error) if not isinstance(error, orjson.JSONDecodeError) else "not JSON in UTF-8"
-            report.drop(f"broken line: {reason}", f"{path.name}:{number}")
-            report.broken += 1
+            report.drop_bad(f"broken line: {reason}", f"{path.name}:{number}")
             continue
         yield number, row
-    broken = report.broken - before
-    rows = report.rows - first
-    if broken > max_bad * max(rows, 1):
-        named = [place for reason, places in report.where.items() if reason.startswith("broken") for place in places]
+    bad, rows = report.bad - before, report.rows - first
+    if bad > max_bad * max(rows, 1):
         raise DataError(
-            f"{broken:,} of {rows:,} lines are not JSON objects, more than {max_bad:.2g} of them",
-            where=f"{path}, first at {', '.join(named[:NAMED_LINES])}",
-            fix="mend or remove these lines (one JSON object a line, in UTF-8), or allow more with --max-bad-rows",
+            f"{bad:,} of {rows:,} rows are broken or in no known format, more than {max_bad:.2g} of them",
+            where=f"{path}, first at {', '.join(report.bad_where)}; {dict(report.dropped)}",
+            fix="mend or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
+            "more with --max-bad-rows",
         )
 
 

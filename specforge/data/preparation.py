@@ -91,8 +91,7 @@ def usable(
     """The entry of a row; None, and counted with its place, where it is none that anything could be learned from."""
     found = parse(row, f"{source}-{report.rows}", settings.is_preformatted, source)
     if isinstance(found, str):
-        report.broken += 1
-        report.drop(found, place)
+        report.drop_bad(found, place)
         return None
     form, entry = found
     if isinstance(entry, Conversation):

@@ -42,7 +42,7 @@ def test_a_broken_line_costs_one_row_and_is_named(tmp_path, bad):
     found = list(read_rows(write(tmp_path / "rows.jsonl", rows), report))
     assert [row["id"] for _, row in found] == [f"row-{n}" for n in range(1000) if n != 500]
     [[reason, rows]] = report.dropped.items()
-    assert (reason.split(":")[0], rows, report.broken) == ("broken line", 1, 1)
+    assert (reason.split(":")[0], rows, report.bad) == ("broken line", 1, 1)
     assert report.where[reason] == ["rows.jsonl:501"]
     assert report.rows == 1000
 
