@@ -93,6 +93,11 @@ def fail(error: SpecforgeError) -> int:
     return _fail(str(error), 2, debug=False)
 
 
+def own_template(chat_template: str | None) -> str | None:
+    """For the historical commands, where a short name such as llama3 stood for the target's own template."""
+    return chat_template if chat_template and Path(chat_template).is_file() else None
+
+
 def world_size() -> int:
     """Ranks of this run as torchrun or deepspeed started it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from specforge.alignment import prediction_depth
 from specforge.config import DataSettings
+from specforge.console import say
 from specforge.data.formats import Entry, Text, Tokens
 from specforge.data.spans import Span, Template, assistant_spans, end_of_turn, generation_spans
 from specforge.errors import ConfigError
@@ -49,11 +50,11 @@ class ChatTokenizer:
                 where=f"--model-path {model_path}",
                 fix="add its tokenizer.json to the folder",
             )
+        own = self.tokenizer.chat_template
+        if isinstance(own, dict):  # several by name: this is the one that apply_chat_template takes
+            own = self.tokenizer.chat_template = own.get("default")
         if chat_template is not None:
             self.tokenizer.chat_template = _template_text(chat_template)
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):  # several by name: the first of these is what apply_chat_template takes
-            self.tokenizer.chat_template = template.get("default")
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "the target has no chat template",
@@ -68,6 +69,22 @@ class ChatTokenizer:
         self._template = Template(self.render, self._special, tuple(self._stop_texts()), self._prompt())
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
+        if chat_template is not None and own:
+            self._compare(own, chat_template)
+
+    def _compare(self, own: str, chat_template: str) -> None:
+        """Say so where another template than the target's own gives another text."""
+        turns = [message.as_dict() for message in PROBE.messages]
+        try:
+            served = self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=own)
+            if served == self.render(turns):
+                return
+        except TemplateError:
+            pass
+        say(
+            f"note: --chat-template {chat_template} renders otherwise than the template that ships with the target; "
+            "serve with it, too, or leave the flag out"
+        )
 
     @property
     def fingerprint(self) -> str:
