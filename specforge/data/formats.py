@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from specforge.data.sources import lines
+from specforge.data.lines import lines
 from specforge.errors import DataError
 from specforge.records import Conversation, Message
 

@@ -20,7 +20,7 @@ from specforge.data.formats import ReadReport, read_rows
 from specforge.data.sources import Source, dataset_name, resolve
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, DataError
-from specforge.files import replacing, replacing_bytes, write_json
+from specforge.files import new_folder, replacing, replacing_bytes, write_json
 from specforge.pipeline.shared import refuse_foreign
 
 MOST_WORKERS = 16
@@ -66,10 +66,10 @@ def _prepare(
     """Write the report and both files; all three take their places when everything is done, the report first: it says
     whose folder this is, and by the files' hashes whether they are the ones that it tells of."""
     report, parts = ReadReport(), {side: preparation.Part() for side in SIDES}
-    output.mkdir(parents=True, exist_ok=True)
-    for stale in output.glob(".prepare-*"):  # of a run that was killed
-        shutil.rmtree(stale)
     with ExitStack() as stack:
+        stack.enter_context(new_folder(output))
+        for stale in output.glob(".prepare-*"):  # of a run that was killed
+            shutil.rmtree(stale)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=output)))
         file = stack.enter_context((folder / "spool.jsonl").open("wb+"))
         with progress(

@@ -249,7 +249,7 @@ def test_broken_lines_under_one_percent_are_counted(work, bad):
     output = accepted(run(*prepare_data(work, jsonl(rows))))
     assert "1 broken line" in output
     report = json.loads(Path("out/report.json").read_text())
-    assert list(report["dropped_at"].values()) == [["rows.jsonl:11"]]
+    assert list(report["dropped_at"].values()) == [["given.jsonl:11"]]
     assert report["rows"] == 200
     kept = sum(len(Path(f"out/{name}.jsonl").read_text().splitlines()) for name in ("train", "test"))
     assert kept == 200 - sum(report["dropped"].values())
