@@ -106,7 +106,9 @@ def usable(
     return entry
 
 
-def sides(spool: Spool, sources: Sequence[Source], settings: PrepareDataSettings) -> dict[str, NDArray[np.int64]]:
+def sides(
+    spool: Spool, sources: Sequence[Source], settings: PrepareDataSettings, report: ReadReport
+) -> dict[str, NDArray[np.int64]]:
     """{"train", "test"}: rows of the spool in the order in which they are written: as read, or of several sources
     mixed."""
     rows = np.arange(len(spool.prompt_n))
@@ -116,9 +118,9 @@ def sides(spool: Spool, sources: Sequence[Source], settings: PrepareDataSettings
     found = {"train": rows[~test_n[rows]], "test": rows[test_n[rows]]}
     if not all(len(side) for side in found.values()):
         raise DataError(
-            "one prompt is too little: one must be held out",
-            where=", ".join(source.name for source in sources),
-            fix="give at least two prompts",
+            f"of {report.rows:,} rows {len(rows):,} are left, too few to hold a prompt out: {listed(report)}",
+            where=", ".join(source.origin for source in sources),
+            fix="give at least two different prompts",
         )
     return found
 

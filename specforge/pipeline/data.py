@@ -76,7 +76,7 @@ def _prepare(
             "reading", sum(path.stat().st_size for source in sources for path in source.files), "bytes"
         ) as bar:
             spool = preparation.scan(sources, file, settings, report, lambda size: advance(bar, size))
-        rows = preparation.sides(spool, sources, settings)
+        rows = preparation.sides(spool, sources, settings, report)
         held_out = (preparation.shingles_of(row, settings) for row in spool.rows(rows["test"]))
         split.HeldOutIndex.of(held_out).save(folder)
         workers = settings.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)

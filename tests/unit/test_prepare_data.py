@@ -162,12 +162,12 @@ def test_several_sources_are_weighted_and_mixed(prepare, tmp_path):
     report = prepare(one, f"{two}=0.25")
     rows = rows_of(tmp_path / "out")
     counted = Counter(row["source"] for row in rows + rows_of(tmp_path / "out", "test"))
-    assert 60 < counted["two.jsonl"] < 140  # 100 expected, standard deviation 9
-    assert counted["one.jsonl"] > 380
-    assert report["dropped"]["left out by the weight of two.jsonl"] + counted["two.jsonl"] == 400
-    places = [at for at, row in enumerate(rows) if row["source"] == "two.jsonl"]
+    assert 60 < counted[str(two)] < 140  # 100 expected, standard deviation 9
+    assert counted[str(one)] > 380
+    assert report["dropped"][f"left out by the weight of {two}"] + counted[str(two)] == 400
+    places = [at for at, row in enumerate(rows) if row["source"] == str(two)]
     assert min(places) < len(rows) / 10  # not one behind the other
-    assert set(report["draft_vocabulary"]["coverage_by_source"]) == {"one.jsonl", "two.jsonl"}
+    assert set(report["draft_vocabulary"]["coverage_by_source"]) == {str(one), str(two)}
 
 
 def test_fewest_exchanges(prepare, tmp_path):
