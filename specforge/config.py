@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from specforge.errors import ConfigError
 
@@ -70,6 +70,11 @@ class PrepareDataSettings(DataSettings, VocabularySettings):
     workers: int | None = Field(None, ge=1, description="processes that tokenize (default: one a core, 16 at most)")
     show_mask: int = Field(0, ge=0, description="show this many rows with the supervised tokens coloured, and stop")
     html: Path | None = Field(None, description="with --show-mask: write them as a page instead")
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
 
 
