@@ -55,6 +55,10 @@ class PrepareHiddenSettings(EngineSettings, DataSettings):
     """The target's hidden states for every token, into a store."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
+    dp_size: int | None = Field(
+        None, ge=1, description="copies of the target that share the work (default: as many as there are GPUs for)"
+    )
+    rank_timeout: float = Field(120, gt=0, description="seconds without progress after which a hung run is ended")
     data: Path = Field(Path("cache/dataset/prepared"), description="a prepared folder, or a JSONL file")
     output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")

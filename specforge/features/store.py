@@ -30,6 +30,7 @@ from specforge.records import FeatureRecord
 
 FORMAT_VERSION = 1
 BLOCK = 1 << 24
+SET_ASIDE = "set-aside.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ class StoreWriter:
             write_json(folder / "manifest.json", asdict(manifest))
         self.manifest = found or manifest
         lines, self.committed = read_index(folder), committed_ids(folder)
+        self.aside = set(aside_reasons(folder))
         self._number = sum(1 for line in lines if line["writer"] == writer)
         strays = [*folder.glob(f"*shard-{writer}-*"), *(folder.glob(".tmp*") if writer == 0 else ())]
         for stray in strays:  # what a kill left behind; .tmp*: safetensors' own
@@ -117,6 +119,12 @@ class StoreWriter:
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes >= self._shard_bytes:
             self._commit()
+
+    def set_aside(self, sample_id: int, reason: str) -> None:
+        """The record will not come: it is listed in the store's folder, and the store is complete without it."""
+        if sample_id not in self.aside:
+            _append_line(self.folder / SET_ASIDE, json.dumps({"sample_id": sample_id, "reason": reason}))
+            self.aside.add(sample_id)
 
     def close(self) -> None:
         if self._pending:
@@ -169,9 +177,10 @@ class Store:
             for at, record in enumerate(line["records"])
         )
         held = len({sample_id for sample_id, *_ in entries})
-        if held != self.manifest.num_records or len(entries) != held:
+        due = self.manifest.num_records - len(aside_reasons(folder))
+        if held != due or len(entries) != held:
             raise StoreError(
-                f"the store is unfinished: {held} of {self.manifest.num_records} records",
+                f"the store is unfinished: {held} of {due} records",
                 where=str(folder),
                 fix="run the same `specforge prepare-hidden` command again; it goes on where it was",
             )
@@ -251,6 +260,14 @@ def existing(folder: Path, manifest: Manifest) -> Manifest | None:
 
 def committed_ids(folder: Path) -> set[int]:
     return {record["sample_id"] for line in read_index(folder) for record in line["records"]}
+
+
+def aside_reasons(folder: Path) -> dict[int, str]:
+    """{sample id: reason} of the records that could not be captured. Without the file a resume tries them again."""
+    path = folder / SET_ASIDE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {entry["sample_id"]: entry["reason"] for entry in found}
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
