@@ -19,7 +19,6 @@ from specforge.console import is_main_rank, say
 from specforge.errors import ConfigError
 from specforge.records import Ranks
 
-SHUTDOWN_S = 10  # a rank that does not end when asked to (it is stopped, or wedged) is killed after this
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
 
 
@@ -61,13 +60,7 @@ def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None)
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     plan = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=SHUTDOWN_S,
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     try:
         elastic_launch(plan, sys.executable)(*_own_command())

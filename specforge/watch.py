@@ -6,6 +6,8 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -40,6 +42,7 @@ class Watch:
         (self._rank, self._world), self._board, self._timeout_s, self._tell = ranks, board, timeout_s, tell
         self._patience_s = timeout_s * (1 - SPARE)
         self._beat, self._ticks = time.monotonic(), 0
+        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (its last tick, when it was first seen here)
         self._main = threading.main_thread().ident or 0
         self._over = threading.Event()
@@ -51,6 +54,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._world > 1:
+            self._publish(done=False)
             self._thread.start()
         return self
 
@@ -81,7 +85,7 @@ class Watch:
     def _publish(self, done: bool) -> None:
         where, waits = _standing(self._main)
         idle = time.monotonic() - self._beat
-        state = {"tick": self._ticks, "idle": idle, "where": where, "waits": waits, "done": done}
+        state = {"tick": self._ticks, "idle": idle, "where": where, "waits": waits, "done": done} | self._process
         self._board.set(f"watch/{self._rank}", json.dumps(state))
 
     def _state(self, rank: int) -> dict[str, Any] | None:
@@ -98,6 +102,7 @@ class Watch:
         now, going = time.monotonic(), {r: s for r, s in states.items() if not (s and s["done"])}
         silent = [rank for rank in going if now - self._heard[rank][1] > self._patience_s]
         if silent:
+            self._kill([state for rank, state in going.items() if rank in silent and state])
             return f"{_named(silent)} did not answer for {self._patience_s:.0f} s: stopped, or dead"
         idle = {r: s for r, s in going.items() if s and s["idle"] > self._patience_s}
         stuck = [rank for rank, state in idle.items() if not state["waits"]]
@@ -107,6 +112,13 @@ class Watch:
         if going and len(idle) == len(going):
             return f"all ranks wait for one another since {self._patience_s:.0f} s"
         return None
+
+    def _kill(self, states: list[dict[str, Any]]) -> None:
+        """A stopped process would not heed its launcher's request to end."""
+        for state in states:
+            if state["host"] == self._process["host"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(state["pid"], signal.SIGKILL)
 
     def _end(self, what: str, tell: bool) -> NoReturn:
         print(f"ended by the watch: {what}; Python stacks of rank {self._rank}:", file=sys.stderr, flush=True)
