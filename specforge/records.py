@@ -234,6 +234,7 @@ class TargetEngine(Protocol):
     tokens_per_batch: int
     device: torch.device
     dtype: torch.dtype  # in which the target runs
+    serves_eagle3: bool  # whether SGLang can serve a draft for this target
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
 

@@ -51,8 +51,11 @@ class SglangEngine:
             model.set_eagle3_layers_to_capture(list(aux_layers))
         else:
             layers = LayerHooks(model, info.num_layers, aux_layers)
-        self._hook = _LogitsHook(layers)
-        model.logits_processor.register_forward_pre_hook(self._hook, with_kwargs=True)
+        processor, softcap = model.logits_processor, None
+        if self.device.type == "cpu":  # SGLang's soft cap is a Triton kernel on platforms that it does not know as CPU
+            softcap, processor.final_logit_softcapping = processor.final_logit_softcapping, None
+        self._hook = _LogitsHook(layers, softcap)
+        processor.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
         records, failure = None, None
@@ -269,11 +272,12 @@ class _LogitsHook:
 
     NAMES = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
 
-    def __init__(self, layers: LayerHooks | None = None) -> None:
-        """`layers` holds the aux states of a model that does not hand them over itself."""
+    def __init__(self, layers: LayerHooks | None, softcap: float | None) -> None:
+        """`layers` holds the aux states of a model that does not hand them over itself; `softcap` is what SGLang's
+        logits function leaves to us."""
         self.rows: Tensor | None = None
         self.keep_logits = False
-        self._layers = layers
+        self._layers, self._softcap = layers, softcap
 
     def forget(self) -> None:
         """Frees the last pass's states."""
@@ -294,6 +298,8 @@ class _LogitsHook:
         for piece in self.last.split(HEAD_ROWS):
             logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
             logits = logits[:, : module.config.vocab_size].float()
+            if self._softcap:
+                logits = self._softcap * torch.tanh(logits / self._softcap)
             top1.append(logits.argmax(-1).to(torch.int32))
             lse.append(logits.logsumexp(-1))
             if self.keep_logits:
