@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
 from specforge import launch
+from specforge.alignment import teacher_rows
 from specforge.config import (
     PrepareHiddenSettings,
 )
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
+from specforge.errors import StoreError
 from specforge.features.codec import codec_for
 from specforge.features.packing import in_batches
-from specforge.features.store import Manifest, Store, StoreWriter, check_space, committed_ids, existing
+from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
+from specforge.features.shard import record_bytes
+from specforge.features.store import Store
+from specforge.features.writer import StoreWriter, fitting
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
@@ -38,7 +42,8 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
             aux_layers=layers,
             data_hash=prepared.data_hash(examples),
             max_length=settings.max_length,
-            codec=codec_for(dtype),
+            codec=codec_for(settings.codec, dtype),
+            dtype=str(dtype).removeprefix("torch."),
             hidden_size=info.hidden_size,
             num_records=len(examples),
             tokens_per_batch=settings.tokens_per_batch,
@@ -48,12 +53,13 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     }
     if not launch.is_rank():  # the parent checks before it starts ranks, and before a model is loaded
         refuse_foreign(settings.output, *splits)
-        tokens = 0
+        needed = 0
         for name, examples in splits.items():
             existing(settings.output / name, manifests[name])
+            refuse_busy(settings.output / name)
             done = committed_ids(settings.output / name)
-            tokens += sum(len(example.token_ids) for example in examples if example.sample_id not in done)
-        check_space(settings.output, tokens * info.hidden_size * 4 * (4 if dtype == torch.float32 else 2))
+            needed += sum(_bytes(manifests[name], example) for example in examples if example.sample_id not in done)
+        check_space(settings.output, min(needed, settings.max_disk or needed))
         code = launch.start_ranks(settings.tp_size)
         if code is not None:
             return code
@@ -81,22 +87,40 @@ def _capture_split(
     ranks: Ranks,
 ) -> None:
     """The planned batches go round the replicas; each rank of one writes every tp-th record of its batches."""
-    folder = settings.output / name
+    folder, shard_bytes = settings.output / name, settings.shard_mb << 20
+    if ranks.rank > 0:
+        dist.barrier()  # writer 0 comes first
+    writer = StoreWriter(folder, manifest, ranks.rank, shard_bytes)
     if ranks.rank == 0:
-        StoreWriter(folder, manifest)
-    dist.barrier()
-    writer = StoreWriter(folder, manifest, ranks.rank, settings.shard_mb << 20)
+        dist.barrier()
+    held = sum(held_bytes(store) for store in settings.output.iterdir() if store.is_dir())
     dist.barrier()  # all ranks have read the same index before any of them adds to it
     lengths = [len(example.token_ids) for example in examples]
-    batches = in_batches(lengths, writer.manifest.tokens_per_batch)[ranks.replica :: ranks.replicas]
+    batches = in_batches(lengths, writer.manifest.tokens_per_batch)
     todo = [b for b in batches if not all(examples[at].sample_id in writer.committed for at in b)]
     if len(todo) < len(batches):
         say(f"{name}: going on, {len(batches) - len(todo)} of {len(batches)} batches are in the store")
-    with progress(f"capturing {name}", sum(lengths[at] for batch in todo for at in batch), "tokens") as bar:
-        for batch in todo:
+    fit = len(todo)
+    if settings.max_disk is not None:
+        sizes = [sum(_bytes(manifest, examples[at]) for at in batch) for batch in todo]
+        fit = fitting(sizes, settings.max_disk - held, ranks.world, shard_bytes)
+    mine = todo[:fit][ranks.replica :: ranks.replicas]
+    with writer, progress(f"capturing {name}", sum(lengths[at] for batch in mine for at in batch), "tokens") as bar:
+        for batch in mine:
             records = engine.capture([examples[at] for at in batch])
             for record in records[ranks.tp_rank :: ranks.tp_size]:
                 writer.add(record)
             advance(bar, sum(lengths[at] for at in batch))
-    writer.close()
     dist.barrier()
+    if fit < len(todo):
+        raise StoreError(
+            f"stopped at the limit of the disk: {len(batches) - len(todo) + fit} of {len(batches)} batches of {name} "
+            "are in the store",
+            where=f"--max-disk {settings.max_disk}",
+            fix="raise it: the same command then goes on",
+        )
+
+
+def _bytes(manifest: Manifest, example: Example) -> int:
+    teachers = len(teacher_rows(example.loss_mask))
+    return record_bytes(manifest.codec, manifest.hidden_size, len(example.token_ids), teachers)
