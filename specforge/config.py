@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from specforge.errors import ConfigError
 
@@ -38,6 +38,14 @@ class DataSettings(Settings):
     chat_template: str | None = Field(None, description="a Jinja file (default: the target's own template)")
 
 
+class ReadSettings(Settings):
+    """How a feature store is read."""
+
+    verify: Literal["always", "first", "never"] = Field(
+        "first", description="compare a record's checksum: at each reading, at the first, or never"
+    )
+
+
 class PrepareDataSettings(DataSettings):
     """Conversations in, exact tokens and loss masks out, split into train and test."""
 
@@ -63,9 +71,13 @@ class PrepareHiddenSettings(EngineSettings, DataSettings):
     output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
     shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
+    codec: Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"] = Field(
+        "auto", description="how states are stored; auto: bf16, or fp32 for a target that runs in fp32"
+    )
+    max_disk: ByteSize | None = Field(None, description="stop before the features take more, e.g. 500GB")
 
 
-class TrainSettings(EngineSettings, DataSettings):
+class TrainSettings(EngineSettings, DataSettings, ReadSettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
     features: Path | None = Field(None, description="folder that prepare-hidden wrote")
@@ -90,7 +102,7 @@ class TrainSettings(EngineSettings, DataSettings):
     resume: bool = Field(True, description="go on from the newest checkpoint in the output folder")
 
 
-class BenchmarkSettings(EngineSettings, DataSettings):
+class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     """Acceptance length of a draft: teacher-forced on held-out text, and by real decoding."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
@@ -111,6 +123,25 @@ class RegenerateSettings(EngineSettings):
     output: Path = Field(..., description="JSONL of conversations with the target's own answers")
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1, description="prompts answered at once")
+
+
+class StoreVerifySettings(Settings):
+    """Compare all checksums of a feature store."""
+
+    folder: Path = Field(..., description="a store, or the folder that prepare-hidden wrote")
+
+
+class StoreInfoSettings(Settings):
+    """What a feature store holds."""
+
+    folder: Path = Field(..., description="a store, or the folder that prepare-hidden wrote")
+
+
+class StoreMergeSettings(Settings):
+    """Several feature stores of the same target into one. Shards are hard-linked where the disk allows it."""
+
+    folders: tuple[Path, ...] = Field(..., min_length=2, description="stores, or folders that prepare-hidden wrote")
+    output: Path = Field(..., description="a new folder")
 
 
 class DemoSettings(Settings):

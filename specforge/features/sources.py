@@ -16,14 +16,14 @@ from specforge.records import Example, FeatureBatch, FeatureRecord, Ranks, Recor
 
 
 class StoreSource:
-    """RecordSource over a finished store: each rank reads its own rows only."""
+    """RecordSource over a finished store: each rank reads its own rows only, and decodes them on its device."""
 
-    def __init__(self, store: Store, tp_rank: int) -> None:
-        self.lengths, self._store, self._tp_rank = store.lengths, store, tp_rank
+    def __init__(self, store: Store, tp_rank: int, device: torch.device) -> None:
+        self.lengths, self._store, self._tp_rank, self._device = store.lengths, store, tp_rank, device
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         for slot in slots:
-            yield [self._store.record(index) for index in slot[self._tp_rank]]
+            yield [self._store.record(index, self._device) for index in slot[self._tp_rank]]
 
 
 class LiveSource:

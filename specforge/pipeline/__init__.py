@@ -6,9 +6,21 @@ from specforge.config import DemoSettings, DoctorSettings
 from specforge.pipeline.capture import prepare_hidden
 from specforge.pipeline.data import prepare_data, regenerate
 from specforge.pipeline.proof import benchmark
+from specforge.pipeline.stores import store_info, store_merge, store_verify
 from specforge.pipeline.training import train
 
-__all__ = ["benchmark", "demo", "doctor", "prepare_data", "prepare_hidden", "regenerate", "train"]
+__all__ = [
+    "benchmark",
+    "demo",
+    "doctor",
+    "prepare_data",
+    "prepare_hidden",
+    "regenerate",
+    "store_info",
+    "store_merge",
+    "store_verify",
+    "train",
+]
 
 
 def demo(settings: DemoSettings) -> int | None:

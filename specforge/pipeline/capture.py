@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -11,24 +12,20 @@ import torch
 import torch.distributed as dist
 
 from specforge import launch
+from specforge.alignment import teacher_rows
 from specforge.config import PrepareHiddenSettings
 from specforge.console import advance, is_main_rank, progress, say, show_error
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
-from specforge.errors import ConfigError, EngineError, SpecforgeError
+from specforge.errors import ConfigError, EngineError, SpecforgeError, StoreError
+from specforge.features import aside
 from specforge.features.codec import codec_for
+from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
 from specforge.features.packing import in_batches
 from specforge.features.passes import Passes
-from specforge.features.store import (
-    SET_ASIDE,
-    Manifest,
-    Store,
-    StoreWriter,
-    aside_reasons,
-    check_space,
-    committed_ids,
-    existing,
-)
+from specforge.features.shard import record_bytes
+from specforge.features.store import Store
+from specforge.features.writer import StoreWriter, fitting
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
@@ -37,7 +34,6 @@ from specforge.watch import Watch
 
 Splits = dict[str, list[Example]]
 
-TOO_LARGE, NOT_FINITE = "out of memory", "states are not finite"
 MOST_NOT_FINITE = 0.001  # of a split's records; more is a fault of the target, not of a record
 
 
@@ -50,7 +46,7 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     check_lengths(splits, settings.tokens_per_batch)
     manifests = {name: _manifest(settings, info, layers, tokenizer, found) for name, found in splits.items()}
     if not launch.is_rank():  # the parent checks before it starts ranks, and before a model is loaded
-        _check_output(settings, info, splits, manifests)
+        _check_output(settings, splits, manifests)
         code = launch.start_ranks(settings.tp_size, dp_size=settings.dp_size)
         if code is not None:
             return code
@@ -79,6 +75,7 @@ def _manifest(
     tokenizer: ChatTokenizer,
     examples: Sequence[Example],
 ) -> Manifest:
+    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
     return Manifest(
         target=settings.model_path,
         target_fingerprint=info.fingerprint,
@@ -87,7 +84,8 @@ def _manifest(
         aux_layers=layers,
         data_hash=prepared.data_hash(examples),
         max_length=settings.max_length,
-        codec=codec_for(info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]),
+        codec=codec_for(settings.codec, dtype),
+        dtype=str(dtype).removeprefix("torch."),
         hidden_size=info.hidden_size,
         num_records=len(examples),
         tokens_per_batch=settings.tokens_per_batch,
@@ -95,17 +93,20 @@ def _manifest(
     )
 
 
-def _check_output(
-    settings: PrepareHiddenSettings, info: TargetInfo, splits: Splits, manifests: dict[str, Manifest]
-) -> None:
+def _check_output(settings: PrepareHiddenSettings, splits: Splits, manifests: dict[str, Manifest]) -> None:
     refuse_foreign(settings.output, *splits)
-    tokens = 0
+    needed = 0
     for name, examples in splits.items():
         existing(settings.output / name, manifests[name])
+        refuse_busy(settings.output / name)
         done = committed_ids(settings.output / name)
-        tokens += sum(len(example.token_ids) for example in examples if example.sample_id not in done)
-    width = 4 if manifests["train"].codec == "fp32" else 2
-    check_space(settings.output, tokens * info.hidden_size * 4 * width)
+        needed += sum(_bytes(manifests[name], example) for example in examples if example.sample_id not in done)
+    check_space(settings.output, min(needed, settings.max_disk or needed))
+
+
+def _bytes(manifest: Manifest, example: Example) -> int:
+    teachers = len(teacher_rows(example.loss_mask))
+    return record_bytes(manifest.codec, manifest.hidden_size, len(example.token_ids), teachers)
 
 
 def _room(engine: TargetEngine, ranks: Ranks) -> int:
@@ -147,41 +148,54 @@ def _capture_split(
     watch: Watch,
 ) -> None:
     """Each planned batch goes to the replica that is free first; each rank of it writes every tp-th of the records."""
-    folder = settings.output / name
+    folder, shard_bytes = settings.output / name, settings.shard_mb << 20
+    if ranks.rank > 0:
+        dist.barrier()  # writer 0 comes first
+    writer = StoreWriter(folder, manifest, ranks.rank, shard_bytes)
     if ranks.rank == 0:
-        StoreWriter(folder, manifest)
-    dist.barrier()
-    writer = StoreWriter(folder, manifest, ranks.rank, settings.shard_mb << 20)
+        dist.barrier()
     _check_finite_share(writer)
+    held = sum(held_bytes(store) for store in settings.output.iterdir() if store.is_dir())
+    finished = writer.committed | aside.reasons(folder).keys()
     dist.barrier()  # all ranks have read the same index before any of them adds to it
     lengths = np.array([len(example.token_ids) for example in examples])
     batches = in_batches(lengths, writer.manifest.tokens_per_batch)
-    finished = writer.committed | writer.aside
     todo = [batch for batch in batches if not all(examples[at].sample_id in finished for at in batch)]
     if len(todo) < len(batches):
         say(f"{name}: going on, {len(batches) - len(todo)} of {len(batches)} batches are in the store")
-    until = np.cumsum([0, *(int(lengths[batch].sum()) for batch in todo)])
+    fit = len(todo)
+    if settings.max_disk is not None:
+        sizes = [sum(_bytes(manifest, examples[at]) for at in batch) for batch in todo]
+        fit = fitting(sizes, settings.max_disk - held, ranks.world, shard_bytes)
+    until = np.cumsum([0, *(int(lengths[batch].sum()) for batch in todo[:fit])])
     passes, shown = Passes(engine, examples), 0
-    with progress(f"capturing {name}", int(until[-1]), "tokens") as bar:
-        for number in launch.claimed(len(todo), ranks, f"capture/{name}"):
+    with writer, progress(f"capturing {name}", int(until[-1]), "tokens") as bar:
+        for number in launch.claimed(fit, ranks, f"capture/{name}"):
             for part, records in passes.run(todo[number]):
                 for at in range(ranks.tp_rank, len(part), ranks.tp_size):
                     _keep(writer, examples[part[at]], records[at] if records else None)
                 watch.beat()
-            advance(bar, int(until[number + 1]) - shown)  # all before it is done or in work on another replica
+            advance(bar, int(until[number + 1]) - shown)  # all before it is done, or in work on another replica
             shown = int(until[number + 1])
-        writer.close()
-        dist.barrier()
         advance(bar, int(until[-1]) - shown)
+    dist.barrier()
+    if fit < len(todo):
+        raise StoreError(
+            f"stopped at the limit of the disk: {len(batches) - len(todo) + fit} of {len(batches)} batches of {name} "
+            "are in the store",
+            where=f"--max-disk {settings.max_disk}",
+            fix="raise it: the same command then goes on",
+        )
 
 
 def _keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -> None:
     """Into the store, or set aside where there is no record or one that would poison the training."""
     if record is not None and _finite(record):
         writer.add(record)
-        return
-    writer.set_aside(example.sample_id, TOO_LARGE if record is None else NOT_FINITE)
-    _check_finite_share(writer)
+    elif example.sample_id not in aside.reasons(writer.folder):
+        reason = aside.TOO_LARGE if record is None else aside.NOT_FINITE
+        aside.set_aside(writer.folder, example.sample_id, reason)
+        _check_finite_share(writer)
 
 
 def _finite(record: FeatureRecord) -> bool:
@@ -192,11 +206,11 @@ def _finite(record: FeatureRecord) -> bool:
 
 
 def _check_finite_share(writer: StoreWriter) -> None:
-    found = list(aside_reasons(writer.folder).values()).count(NOT_FINITE)
+    found = list(aside.reasons(writer.folder).values()).count(aside.NOT_FINITE)
     if found > MOST_NOT_FINITE * writer.manifest.num_records:
         raise EngineError(
             f"the target's states are not finite for {found} of {writer.manifest.num_records} records",
-            where=f"{writer.folder / SET_ASIDE} lists their sample ids",
+            where=f"{writer.folder / aside.SET_ASIDE} lists their sample ids",
             fix="try another --dtype (float16 overflows where bfloat16 does not) with another --output; "
             "to try the same again remove that file",
         )
@@ -205,9 +219,9 @@ def _check_finite_share(writer: StoreWriter) -> None:
 def _say_result(settings: PrepareHiddenSettings, splits: Splits) -> None:
     size = 0
     for name in splits:
-        size += Store(settings.output / name).bytes()
-        aside = list(aside_reasons(settings.output / name).values())
-        for reason in sorted(set(aside)):
-            say(f"{name}: {aside.count(reason)} records set aside ({reason}): {settings.output / name / SET_ASIDE}")
+        folder = settings.output / name
+        size += Store(folder).bytes()
+        for reason, count in Counter(aside.reasons(folder).values()).items():
+            say(f"{name}: {count} records set aside ({reason}), listed in {folder / aside.SET_ASIDE}")
     say(f"features: {size / 1e6:,.0f} MB in {settings.output}")
     say(f"next: specforge train --features {settings.output} --model-path {settings.model_path}")

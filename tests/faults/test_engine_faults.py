@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from specforge.features.store import Store, aside_reasons
+from specforge.features import aside
+from specforge.features.store import Store
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_a_record_with_nan_states_is_set_aside_and_spoils_no_other(poisoned):
     rows = data(poisoned, "one", 1001, {700})
     said = run(capture(poisoned, rows, "one_out"), poisoned, 0)
     assert "train: 1 records set aside (states are not finite)" in said
-    assert aside_reasons(poisoned / "one_out" / "train") == {700: "states are not finite"}
+    assert aside.reasons(poisoned / "one_out" / "train") == {700: "states are not finite"}
     store = Store(poisoned / "one_out" / "train")
     assert len(store) == 1000
     assert all(store.record(at).aux.isfinite().all() for at in range(690, 710))

@@ -14,7 +14,8 @@ import numpy as np
 
 from specforge import launch
 from specforge.config import EngineSettings, PrepareHiddenSettings
-from specforge.features.store import Store, read_index
+from specforge.features.index import read_index
+from specforge.features.store import Store
 from specforge.pipeline.capture import prepare_hidden
 from specforge.records import Example
 from specforge.target import engine as engines
@@ -64,12 +65,8 @@ def main() -> None:
     run_ranks(4, partial(capture, target, data, output / "four"))
     run_ranks(2, partial(capture, target, data, output / "two"))
     four, two = (
-        {
-            record["sample_id"]: record["xxh3"]
-            for line in read_index(output / name / "train")
-            for record in line["records"]
-        }
-        for name in ("four", "two")
+        {record["sample_id"]: record["xxh3"] for line in index for record in line["records"]}
+        for index in (read_index(output / "four" / "train"), read_index(output / "two" / "train"))
     )
     writers = {line["writer"] for line in read_index(output / "four" / "train")}
     print(json.dumps({"same_bytes": four == two, "writers": len(writers)}), flush=True)

@@ -1,7 +1,7 @@
 """Batches, replicas and tensor parallelism change nothing: each record of a capture by two replicas of two ranks, many
 conversations in a pass, equals the same conversation alone on one rank.
 
-fp32 1e-5 (sums in another order), bf16 1.5 % (rounding over 8 layers); the next token's states are 30 % and more apart."""
+fp32 1e-5 (sums in another order), bf16 1.5 % (rounding over 8 layers); the next token's states are 30 % apart."""
 
 from __future__ import annotations
 
