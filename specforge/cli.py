@@ -123,6 +123,7 @@ def _speaks() -> bool:
 SETTINGS: dict[str, type[config.Settings]] = {
     "prepare-data": config.PrepareDataSettings,
     "regenerate": config.RegenerateSettings,
+    "plan": config.PlanSettings,
     "prepare-hidden": config.PrepareHiddenSettings,
     "train": config.TrainSettings,
     "benchmark": config.BenchmarkSettings,

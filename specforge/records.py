@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from specforge.alignment import prediction_depth, teacher_rows
 
 MAX_EXAMPLES = 256  # examples in one pass of the target
+HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from specforge.features.passes import Passes
 from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
+from specforge.pipeline.plan import write_rate
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
@@ -58,11 +60,15 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     _check_room(room, splits, planned)
     budget = min(settings.tokens_per_batch, room)
     board = launch.board(timedelta(seconds=settings.rank_timeout))
+    began, tokens = time.monotonic(), 0
     with Watch((ranks.rank, ranks.world), board, settings.rank_timeout, _tell) as watch:
         for name, examples in splits.items():
             manifest = replace(manifests[name], tokens_per_batch=budget)
-            _capture_split(engine, examples, manifest, settings, name, ranks, watch)
+            tokens += _capture_split(engine, examples, manifest, settings, name, ranks, watch)
     if is_main_rank():
+        if tokens:
+            rate = tokens / (time.monotonic() - began) / ranks.replicas
+            write_rate(settings.output, info, rate, settings.tp_size, ranks.device)
         _say_result(settings, splits)
     leave(ranks)
     return None
@@ -146,8 +152,9 @@ def _capture_split(
     name: str,
     ranks: Ranks,
     watch: Watch,
-) -> None:
-    """Each planned batch goes to the replica that is free first; each rank of it writes every tp-th of the records."""
+) -> int:
+    """Each planned batch goes to the replica that is free first; each rank of it writes every tp-th of the records.
+    Returns the tokens captured, by all replicas."""
     folder, shard_bytes = settings.output / name, settings.shard_mb << 20
     if ranks.rank > 0:
         dist.barrier()  # writer 0 comes first
@@ -186,6 +193,7 @@ def _capture_split(
             where=f"--max-disk {settings.max_disk}",
             fix="raise it: the same command then goes on",
         )
+    return int(until[-1])
 
 
 def _keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -> None:

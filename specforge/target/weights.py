@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,17 @@ def fingerprint(folder: Path) -> str:
                 parts.append((name, entry["dtype"], tuple(entry["shape"]), xxhash.xxh3_64_hexdigest(content)))
     digest.update(repr(sorted(parts)).encode())
     return digest.hexdigest()
+
+
+def loaded_bytes(info: TargetInfo, dtype: torch.dtype) -> int:
+    """Of all tensors as they lie in memory, from the files' headers: floating point in `dtype`, quantised as stored."""
+    total = 0
+    for _, _, header in _headers(Path(info.path)):
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            floating = entry["dtype"] in ("F32", "F16", "BF16")
+            total += math.prod(entry["shape"]) * dtype.itemsize if floating else end - begin
+    return total
 
 
 def load_head(info: TargetInfo, dtype: torch.dtype) -> TargetHead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def examples(vocab_size: int, seed: int) -> list[Example]:
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative to the scale of what is wanted."""
-    return float((got.float() - want.float()).norm() / want.float().norm())
+    found = float((got.float() - want.float()).norm() / want.float().norm())
+    assert math.isfinite(found)  # max() would pass over NaN
+    return found
 
 
 def main() -> None:

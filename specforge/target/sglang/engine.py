@@ -15,12 +15,10 @@ from torch import Tensor
 
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
-from specforge.records import MAX_EXAMPLES, DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
+from specforge.records import HEAD_ROWS, MAX_EXAMPLES, DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
 from specforge.target.memory import is_out_of_memory
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
-
-HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
 
 
 class SglangEngine:
