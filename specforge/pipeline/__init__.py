@@ -5,11 +5,25 @@ from __future__ import annotations
 from specforge.config import DemoSettings, DoctorSettings
 from specforge.pipeline.capture import prepare_hidden
 from specforge.pipeline.data import prepare_data
+from specforge.pipeline.plan import plan
 from specforge.pipeline.proof import benchmark
 from specforge.pipeline.regeneration import regenerate
+from specforge.pipeline.stores import store_info, store_merge, store_verify
 from specforge.pipeline.training import train
 
-__all__ = ["benchmark", "demo", "doctor", "prepare_data", "prepare_hidden", "regenerate", "train"]
+__all__ = [
+    "benchmark",
+    "demo",
+    "doctor",
+    "plan",
+    "prepare_data",
+    "prepare_hidden",
+    "regenerate",
+    "store_info",
+    "store_merge",
+    "store_verify",
+    "train",
+]
 
 
 def demo(settings: DemoSettings) -> int | None:

@@ -24,7 +24,8 @@ from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import DraftConfig, Eagle3Draft
-from specforge.features.store import Manifest, StoreWriter
+from specforge.features.index import Manifest
+from specforge.features.writer import StoreWriter
 from specforge.records import FeatureRecord
 from specforge.target import weights
 from tests import tiny
@@ -54,6 +55,7 @@ def make_store(folder, target, *, layers=LAYERS, holes=0):
             data_hash=prepared.data_hash(examples),
             max_length=256,
             codec="fp32",
+            dtype="float32",
             hidden_size=info.hidden_size,
             num_records=len(examples),
             tokens_per_batch=8192,
