@@ -1,4 +1,4 @@
-"""Conversations in, exact tokens and masks out; answers by the target itself."""
+"""Conversations in, exact tokens and masks out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specforge import launch
-from specforge.config import (
-    PrepareDataSettings,
-    RegenerateSettings,
-)
-from specforge.console import advance, is_main_rank, progress, say
+from specforge.config import PrepareDataSettings
+from specforge.console import say
 from specforge.data import formats, prepared
-from specforge.data import regenerate as regeneration
 from specforge.data import split as splitting
 from specforge.data.tokenize import ChatTokenizer, require_supervised
 from specforge.errors import ConfigError, DataError
 from specforge.files import replacing, write_json
-from specforge.pipeline.shared import leave, refuse_foreign, start_engine
-from specforge.records import Conversation
-from specforge.target import engine as engines
-from specforge.target import weights
+from specforge.pipeline.shared import refuse_foreign
 
 
 def prepare_data(settings: PrepareDataSettings) -> int | None:
@@ -76,41 +68,4 @@ def prepare_data(settings: PrepareDataSettings) -> int | None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count)
     say(f"of {report.rows:,} rows; dropped: {dropped or 'none'}")
     say(f"next: specforge prepare-hidden --model-path {settings.model_path or 'TARGET'} --data {settings.output}")
-    return None
-
-
-def regenerate(settings: RegenerateSettings) -> int | None:
-    report = formats.ReadReport()
-    if settings.output.resolve() == settings.prompts.resolve():
-        raise ConfigError(
-            "the answers would be written over the prompts",
-            where=f"--output {settings.output}",
-            fix="choose another file",
-        )
-    asked = formats.read_conversations(settings.prompts, report, needed="user")
-    tokenizer = ChatTokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
-    info = weights.describe(settings.model_path, settings.trust_remote_code)
-    engines.check_tp(info, settings.tp_size, settings.engine)
-    code = launch.start_ranks(settings.tp_size, replicas=False)
-    if code is not None:
-        return code
-    ranks = launch.join(settings.tp_size)
-    engine = start_engine(settings, info, ranks, settings.output.parent)
-    kept = list[Conversation]()
-    with progress("answering", len(asked), "prompts") as bar:
-        for batch in regeneration.answer(engine, tokenizer, asked, settings.max_new_tokens, settings.batch_size):
-            kept += [conversation for conversation in batch if conversation is not None]
-            advance(bar, len(batch))
-    if not kept:
-        raise DataError(
-            f"none of {len(asked)} answers ended within {settings.max_new_tokens} tokens",
-            where=f"--max-new-tokens {settings.max_new_tokens}",
-            fix="raise it",
-        )
-    if is_main_rank():
-        with replacing(settings.output) as file:
-            file.writelines(json.dumps(formats.to_row(one), ensure_ascii=False) + "\n" for one in kept)
-    say(f"{len(kept)} of {len(asked)} answers ended within {settings.max_new_tokens} tokens and were kept")
-    say(f"next: specforge prepare-data --dataset {settings.output} --model-path {settings.model_path}")
-    leave(ranks)
     return None
