@@ -106,7 +106,7 @@ def make_talker(folder: Path, seed: int = 0) -> Path:
     vocabulary = tokenizer().get_vocab()
     content = load_file(folder / "model.safetensors")
     head_VH = content["lm_head.weight"]
-    share = {"<|im_end|>": 5.0, "<|endoftext|>": 3.0} | {f"\u0120{word}": 5.0 for word in WORDS}
+    share = {"<|im_end|>": 6.0, "<|endoftext|>": 2.5} | {f"\u0120{word}": 5.0 for word in WORDS}
     content["lm_head.weight"] = torch.zeros_like(head_VH)
     for token, scale in share.items():
         if token in vocabulary:

@@ -130,17 +130,18 @@ class ServerRegenerator:
         produced = str(message.get("content") or "")
         if finish == "length":
             dialogue.truncate(self._sampling.max_new_tokens, produced)
-        elif finish != "stop" or message.get("tool_calls"):
+        elif message.get("tool_calls"):
+            dialogue.fail("failed", "the target called a tool", produced)
+        elif finish != "stop":
             dialogue.fail("failed", f"the answer ended with '{finish}'", produced)
         else:
             dialogue.answer(_answer(message), _tokens(response), self._special)
 
     def _failed(self, dialogue: Dialogue, response: httpx.Response) -> None:
         self._failed_in_a_row += 1
-        reason = f"the server failed: {_error(response)}"
         if self._failed_in_a_row >= FAILED_IN_A_ROW:
             raise _unusable(self._url, f"{FAILED_IN_A_ROW} requests in a row failed; the last: {_error(response)}")
-        dialogue.fail("failed", reason, again=True)
+        dialogue.fail("failed", f"the server failed: {_error(response)}", again=True)
 
 
 def _answer(message: dict[str, Any]) -> Message:

@@ -99,14 +99,14 @@ def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int 
 
 def _check(settings: RegenerateSettings) -> None:
     """What can be seen before anything is read."""
+    if settings.output.is_dir():
+        raise ConfigError("the output is a folder", where=f"--output {settings.output}", fix="name a file in it")
     if settings.prompts.resolve() in {path.resolve() for path in (settings.output, *_beside(settings.output))}:
         raise ConfigError(
             "the answers would be written over the prompts",
             where=f"--output {settings.output}",
             fix="choose another file",
         )
-    if settings.output.is_dir():
-        raise ConfigError("the output is a folder", where=f"--output {settings.output}", fix="name a file in it")
     if settings.server is None and settings.model_path is None:
         raise ConfigError("no target is given", where="--model-path, --server", fix="give one of them")
     engine_only = sorted(settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"})
@@ -162,15 +162,17 @@ def _todo(asked: list[Conversation], finished: Finished) -> list[Dialogue]:
 @contextmanager
 def _recording(finished: Finished, count: int) -> Iterator[Callable[[Outcome], None]]:
     """Each outcome goes to the progress file and moves the bar on. Rank 0 writes."""
-    began, answers, tokens = time.monotonic(), 0, 0
+    began, answers, tokens, unanswered = time.monotonic(), 0, 0, 0
 
     def take(outcome: Outcome) -> None:
-        nonlocal answers, tokens
+        nonlocal answers, tokens, unanswered
         answers, tokens = answers + outcome.answers, tokens + outcome.tokens
+        unanswered += outcome.failure is not None
         if is_main_rank():
             finished.add(outcome)
             seconds = time.monotonic() - began
-            advance(bar, 1, f"{answers / seconds:,.1f} answers/s, {tokens / seconds:,.0f} tokens/s")
+            rate = f"{answers / seconds:,.1f} answers/s, {tokens / seconds:,.0f} tokens/s"
+            advance(bar, 1, f"{rate}, {unanswered:,} not whole")
 
     if is_main_rank():
         finished.open()
