@@ -88,7 +88,7 @@ def execute(
         fix = "check the path, its permissions and the disk; nothing that was finished is lost"
         return _fail(f"{error.strerror or error}\n  where: {place}\n  fix:   {fix}", 2, debug)
     except KeyboardInterrupt:
-        return _fail("stopped by hand; prepare-hidden and train go on where they were", 130, debug=False)
+        return _fail("stopped by hand; regenerate, prepare-hidden and train go on where they were", 130, debug=False)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
 

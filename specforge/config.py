@@ -163,13 +163,20 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
 
 
 class RegenerateSettings(EngineSettings):
-    """Let the target answer each first user turn itself, greedily."""
+    """Let the target answer every user turn itself, in this process or through a running server."""
 
-    model_path: str = Field(..., description="the target: a folder, or a hub name")
-    prompts: Path = Field(..., description="JSONL of conversations; the first user turn of each is the prompt")
+    model_path: str | None = Field(
+        None, description="the target: a folder, or a hub name (with --server: only to know its special tokens)"
+    )
+    prompts: Path = Field(..., description="JSONL of conversations; assistant turns in it are answered anew")
     output: Path = Field(..., description="JSONL of conversations with the target's own answers")
-    max_new_tokens: int = Field(256, ge=1)
-    batch_size: int = Field(64, ge=1, description="prompts answered at once")
+    server: str | None = Field(None, description="URL of a running OpenAI-compatible server to ask instead")
+    concurrency: int = Field(64, ge=1, description="conversations answered at once")
+    max_new_tokens: int = Field(256, ge=1, description="longer answers are not kept")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: always the most likely token")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this probability")
+    seed: int = Field(0, ge=0, description="of the draws at a temperature above 0")
+    resume: bool = Field(True, description="go on with an unfinished run of the same output")
 
 
 class StoreVerifySettings(Settings):

@@ -11,17 +11,27 @@ Legend of shape suffixes, used all over the project:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from specforge.alignment import prediction_depth, teacher_rows
+
+if TYPE_CHECKING:  # conversations are read without torch too
+    import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
 
 MAX_EXAMPLES = 256  # examples in one pass of the target
 HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
@@ -68,6 +78,25 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the target shall go on with."""
+
+    key: int  # the caller's own name for it
+    token_ids: Sequence[int]
+    seed: int  # of its random draws alone: whatever else is in the batch, the same seed draws the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when an answer ends."""
+
+    max_new_tokens: int
+    stop_ids: Sequence[int] = ()
+    temperature: float = 0.0  # 0: the most likely token
+    top_p: float = 1.0  # only the most likely tokens that together have this probability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRecord:
     """One conversation as the target saw it. Row t of a [T, ...] tensor belongs to token t; `draft.unroll` shifts."""
 
@@ -100,6 +129,8 @@ class FeatureBatch:
 
     @classmethod
     def pack(cls, records: Sequence[FeatureRecord], device: torch.device, dtype: torch.dtype) -> FeatureBatch:
+        import torch
+
         lengths = [len(record) for record in records]
         mask_T = torch.cat([record.loss_mask for record in records]).cpu().numpy()
         teachers_S = torch.from_numpy(teacher_rows(mask_T, lengths))
@@ -152,6 +183,8 @@ class TargetHead:
 
     def logits(self, last_SH: Tensor, head: Tensor | None = None) -> Tensor:
         """The target's own logits for hidden states after the final norm, over `head`'s rows (default: all)."""
+        import torch
+
         logits = torch.nn.functional.linear(last_SH, self.head_VH if head is None else head).float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -163,7 +196,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     tp_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=_cpu)
     tp_group: ProcessGroup | None = None  # the ranks of this replica; None where that is the whole world
 
     @property
@@ -258,10 +291,11 @@ class TargetEngine(Protocol):
 
     def session(self, max_tokens: int) -> DecodeSession: ...
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> list[list[int]]:
-        """Greedy continuations, stop token included where it was reached."""
+    def generate(self, waiting: deque[Prompt], sampling: Sampling, at_once: int) -> Iterator[tuple[int, list[int]]]:
+        """Takes prompts from the left of `waiting`, at most `at_once` at a time, and gives (key, new tokens) of each as
+        soon as it has ended, the stop token included where it was reached. Ends when nothing waits and nothing runs:
+        whoever iterates may add prompts meanwhile. A prompt and `max_new_tokens` together must fit into
+        `tokens_per_batch` and into the target's context."""
 
     def self_check(self) -> None:
         """Raises EngineError unless states are finite, equal on all ranks, and give the engine's own next token."""

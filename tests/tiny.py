@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -137,4 +138,20 @@ def make_target(
     model = model_class(config_class(**(usual | special | settings)))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     own.save_pretrained(folder)
+    return folder
+
+
+def make_talker(folder: Path, seed: int = 0) -> Path:
+    """A target whose answers are words, up to its end of turn (after 1 to 40 of them, when greedy); a few answers hold
+    another special token. All other rows of its head are zero."""
+    make_target(folder, seed=seed)
+    vocabulary = tokenizer().get_vocab()
+    content = load_file(folder / "model.safetensors")
+    head_VH = content["lm_head.weight"]
+    share = {"<|im_end|>": 6.0, "<|endoftext|>": 2.5} | {f"\u0120{word}": 5.0 for word in WORDS}
+    content["lm_head.weight"] = torch.zeros_like(head_VH)
+    for token, scale in share.items():
+        if token in vocabulary:
+            content["lm_head.weight"][vocabulary[token]] = scale * head_VH[vocabulary[token]]
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
-from specforge.records import DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
+from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
 from specforge.target.memory import is_out_of_memory
+from specforge.target.sampling import ended, generator, next_tokens
 
 # Where SGLang, which serves, hands on something else than a layer's output: the part of the layer whose output it is.
 # (Its Gemma 3 captures what a layer adds to the residual, without the residual.)
@@ -105,20 +107,17 @@ class HfEngine:
     def session(self, max_tokens: int) -> DecodeSession:
         return _HfSession(self)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> list[list[int]]:
-        answers = []
-        for prompt in prompts:
-            session, answer = self.session(len(prompt) + max_new_tokens), list[int]()
-            logits, _ = session.extend(prompt)
-            while len(answer) < max_new_tokens:
-                answer.append(int(logits[-1].argmax()))
-                if answer[-1] in stop_ids:
-                    break
-                logits, _ = session.extend(answer[-1:])
-            answers.append(answer)
-        return answers
+    def generate(self, waiting: deque[Prompt], sampling: Sampling, at_once: int) -> Iterator[tuple[int, list[int]]]:
+        while waiting:
+            prompt = waiting.popleft()
+            draws = generator(prompt.seed, self.device)
+            session = self.session(len(prompt.token_ids) + sampling.max_new_tokens)
+            new, answer = list(prompt.token_ids), list[int]()
+            while not ended(answer, sampling):
+                logits, _ = session.extend(new)
+                new = next_tokens(logits[-1:], sampling, [draws]).tolist()
+                answer += new
+            yield prompt.key, answer
 
     def self_check(self) -> None:
         ids = list(range(min(8, self.info.vocab_size)))

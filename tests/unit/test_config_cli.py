@@ -143,7 +143,7 @@ def test_a_switch_can_be_turned_off_against_yaml(monkeypatch):
         ("prepare-hidden", "--shard-mb", "0"),
         ("prepare-hidden", "--num-samples", "0"),
         ("benchmark", "--num-prompts", "-1"),
-        ("regenerate", "--batch-size", "0"),
+        ("regenerate", "--concurrency", "0"),
     ],
 )
 def test_a_value_out_of_range_is_one_message_that_names_the_flag(tmp_path, monkeypatch, command, flag, value):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,19 @@ from torch import Tensor
 
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
-from specforge.records import HEAD_ROWS, MAX_EXAMPLES, DecodeSession, Example, FeatureRecord, Ranks, TargetInfo
+from specforge.records import (
+    HEAD_ROWS,
+    MAX_EXAMPLES,
+    DecodeSession,
+    Example,
+    FeatureRecord,
+    Prompt,
+    Ranks,
+    Sampling,
+    TargetInfo,
+)
 from specforge.target.memory import is_out_of_memory
+from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
 
@@ -116,48 +129,62 @@ class SglangEngine:
     def session(self, max_tokens: int) -> DecodeSession:
         return _Session(self)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> list[list[int]]:
-        answers: list[list[int]] = []
-        while len(answers) < len(prompts):
-            group, room = list[Sequence[int]](), self.tokens_per_batch
-            for prompt in prompts[len(answers) : len(answers) + MAX_EXAMPLES]:
-                room -= len(prompt) + max_new_tokens
-                if room < 0 and group:
-                    break
-                group.append(prompt)
-            answers += self._generate_group(group, max_new_tokens, set(stop_ids))
-        return answers
-
     @torch.no_grad()
-    def _generate_group(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: set[int]
-    ) -> list[list[int]]:
-        """Prefill together, then decode together; a finished sequence leaves the batch."""
-        answers: list[list[int]] = [[] for _ in prompts]
+    def generate(self, waiting: deque[Prompt], sampling: Sampling, at_once: int) -> Iterator[tuple[int, list[int]]]:
+        """Continuous batching: a prompt joins as soon as its tokens fit beside those that run, and an answer that has
+        ended gives its places in the KV pool back. Every rank draws from the same logits with the same seeds."""
         self._hook.rows = None
-        batch, logits = self._extend([list(prompt) for prompt in prompts])
-        running = list(range(len(prompts)))
-        while True:
-            tokens = logits.argmax(-1)
-            for row, token in zip(running, tokens.tolist(), strict=True):
-                answers[row].append(token)
-            going = [
-                at
-                for at, row in enumerate(running)
-                if answers[row][-1] not in stop_ids and len(answers[row]) < max_new_tokens
-            ]
-            if not going:
+        running = list[_Running]()
+        batch: Any = None
+        try:
+            while waiting or running:
+                joining = self._admit(waiting, running, sampling, at_once)
+                if joining:
+                    step, logits = self._extend([list(one.prompt.token_ids) for one in joining])
+                else:
+                    step = batch
+                    step.prepare_for_decode()
+                    logits = self._forward(step)
+                stepped = joining or running
+                step.input_ids = next_tokens(logits, sampling, [one.draws for one in stepped]).to(torch.int64)
+                for one, token in zip(stepped, step.input_ids.tolist(), strict=True):
+                    one.answer.append(token)
+                going = [at for at, one in enumerate(stepped) if not ended(one.answer, sampling)]
+                self._keep(step, going)
+                if joining and running and going:
+                    batch.merge_batch(step)
+                elif going:
+                    batch = step
+                running = (running if joining else []) + [stepped[at] for at in going]
+                for one in stepped:
+                    if ended(one.answer, sampling):
+                        yield one.prompt.key, one.answer
+        finally:
+            self._clear()
+
+    def _admit(
+        self, waiting: deque[Prompt], running: Sequence[_Running], sampling: Sampling, at_once: int
+    ) -> list[_Running]:
+        """The prompts at the left of `waiting` whose whole answers fit beside those that run."""
+        free = self.tokens_per_batch - sum(len(one.prompt.token_ids) + sampling.max_new_tokens for one in running)
+        joining = list[_Running]()
+        while waiting and len(running) + len(joining) < min(at_once, MAX_EXAMPLES):
+            free -= len(waiting[0].token_ids) + sampling.max_new_tokens
+            if free < 0:
                 break
-            if len(going) < len(running):
-                batch.filter_batch(keep_indices=going)
-                running, tokens = [running[at] for at in going], tokens[going]
-            batch.input_ids = tokens.to(torch.int64)
-            batch.prepare_for_decode()
-            logits = self._forward(batch)
-        self._clear()
-        return answers
+            prompt = waiting.popleft()
+            joining.append(_Running(prompt=prompt, draws=generator(prompt.seed, self.device), answer=[]))
+        return joining
+
+    def _keep(self, batch: Any, going: list[int]) -> None:
+        """Only these requests stay in the batch; the others give back their places in both pools."""
+        rows, slots = self._runner.req_to_token_pool, self._runner.token_to_kv_pool_allocator
+        for at in set(range(len(batch.reqs))) - set(going):
+            request = batch.reqs[at]
+            used = rows.req_to_token[request.kv.req_pool_idx, : int(batch.seq_lens_cpu[at])]
+            slots.free(used.to(torch.int64))
+            rows.free(request)
+        batch.filter_batch(keep_indices=going)
 
     def self_check(self) -> None:
         """One prefill; see the protocol. Catches deferred all-reduces (partial sums) and a wrong head."""
@@ -233,6 +260,15 @@ class SglangEngine:
     def _clear(self) -> None:
         self._runner.req_to_token_pool.clear()
         self._runner.token_to_kv_pool_allocator.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """An answer that is being written."""
+
+    prompt: Prompt
+    draws: torch.Generator
+    answer: list[int]
 
 
 class _Session:

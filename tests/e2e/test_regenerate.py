@@ -1,0 +1,220 @@
+"""regenerate on a tiny fp32 target in real SGLang: embedded with one rank and two, and as a server of its own.
+
+Equal means byte for byte. Other batches round the logits otherwise (about 1e-6 of them), which changes a token only at
+a near-tie; this target's choices are far from ties."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import tiny
+from tests.e2e.test_commands import ROOT, command, kill_when, run
+
+LONGEST = 32
+
+
+def regenerate(output: str, *arguments: object) -> list[str]:
+    fixed = ["--prompts", "prompts.jsonl", "--output", output, "--max-new-tokens", LONGEST]
+    return command("regenerate", *fixed, *arguments)
+
+
+def embedded(output: str, *arguments: object) -> list[str]:
+    return regenerate(output, "--model-path", "target", *arguments)
+
+
+def progress(path: Path) -> int:
+    """Conversations in the progress file of an unfinished run."""
+    file = path.with_name(path.name + ".progress.jsonl")
+    return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(one: Path, two: Path) -> bool:
+    """Both files of each run."""
+    pairs = [(path, path.with_name(path.name + ".failed.jsonl")) for path in (one, two)]
+    return all(a.read_bytes() == b.read_bytes() for a, b in zip(*pairs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("regenerate")
+    tiny.make_talker(folder / "target")
+    given = tiny.conversations(40, turns=3)
+    given[0]["conversations"].insert(0, {"role": "system", "content": "yes and no."})
+    given[1]["conversations"].insert(3, {"role": "tool", "content": "7"})
+    given[2]["conversations"][0]["content"] = "the cat " * 600  # 1,200 tokens: more than the target's context
+    tiny.write_jsonl(folder / "prompts.jsonl", given)
+    said = run(embedded("unbroken.jsonl", "--tokens-per-batch", 300), folder)
+    assert "next: specforge prepare-data --dataset unbroken.jsonl" in said
+    return folder
+
+
+def test_every_answer_is_the_targets_own_to_its_own_history(work):
+    """All kept conversations, turn by turn, against greedy decoding in transformers."""
+    model = AutoModelForCausalLM.from_pretrained(work / "target", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(work / "target")
+    found = {row["id"]: row["conversations"] for row in rows(work / "unbroken.jsonl")}
+    given = {row["id"]: row["conversations"] for row in rows(work / "prompts.jsonl")}
+    turns = 0
+    for conversation in found.values():
+        for at, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            text = tokenizer.apply_chat_template(conversation[:at], tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            new = model.generate(**prompt, max_new_tokens=LONGEST, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            assert tokenizer.decode(new) == message["content"] + "<|im_end|>"
+            turns += at > 1
+    assert turns >= 15  # answers to a history
+    for name in found:
+        asked = [message for message in given[name] if message["role"] not in ("assistant", "tool")]
+        kept = [message for message in found[name] if message["role"] != "assistant"]
+        assert kept == asked[: len(kept)]
+
+
+def test_what_was_not_answered_is_recorded(work):
+    asked, kept, failed = (
+        {row["id"]: row for row in rows(work / name)}
+        for name in ("prompts.jsonl", "unbroken.jsonl", "unbroken.jsonl.failed.jsonl")
+    )
+    for found in (kept, failed):
+        assert list(found) == [name for name in asked if name in found]  # the order of the prompts
+    for name in asked:
+        turns = sum(message["role"] == "user" for message in kept.get(name, {"conversations": []})["conversations"])
+        assert turns == (failed[name]["turn"] - 1 if name in failed else 3)
+    assert "used tools" in failed["row-1"]["reason"]
+    assert "too long" in failed["row-2"]["reason"]
+    special = [row for row in failed.values() if "<|endoftext|>" in row["reason"]]
+    truncated = [row for row in failed.values() if row["kind"] == "truncated"]
+    assert special
+    assert truncated
+    assert all("<|endoftext|>" in row["produced"] for row in special)
+    assert all(len(row["produced"].replace("<|endoftext|>", " x").split()) == LONGEST for row in truncated)
+
+
+def test_a_run_that_was_killed_twice_gives_the_same_file(work):
+    output = work / "killed.jsonl"
+    first = embedded("killed.jsonl", "--concurrency", 4)
+    kill_when(first, work, lambda: progress(output) >= 4)
+    kept = progress(output)
+    kill_when(first, work, lambda: progress(output) >= kept + 6)
+    assert not output.exists()
+    assert "going on" in run(embedded("killed.jsonl"), work)
+    assert same(output, work / "unbroken.jsonl")
+    assert not list(work.glob("*progress*"))
+
+
+def test_two_ranks_give_the_same_file(work):
+    run(embedded("tp2.jsonl", "--tp-size", 2), work)
+    assert same(work / "tp2.jsonl", work / "unbroken.jsonl")
+
+
+DRAW = ["--temperature", 0.8, "--top-p", 0.9]
+
+
+@pytest.fixture(scope="module")
+def drawn(work) -> Path:
+    run(embedded("drawn.jsonl", *DRAW, "--seed", 3), work)
+    return work / "drawn.jsonl"
+
+
+def test_draws_repeat_for_a_seed_whatever_runs_beside_them(work, drawn):
+    again = embedded("again.jsonl", *DRAW, "--seed", 3, "--concurrency", 3)
+    kill_when(again, work, lambda: progress(work / "again.jsonl") >= 5)
+    run(again, work)
+    assert same(work / "again.jsonl", drawn)
+
+
+def test_two_ranks_draw_the_same(work, drawn):
+    run(embedded("drawn2.jsonl", *DRAW, "--seed", 3, "--tp-size", 2), work)
+    assert same(work / "drawn2.jsonl", drawn)
+
+
+def test_another_seed_draws_something_else(work, drawn):
+    run(embedded("other.jsonl", *DRAW, "--seed", 4), work)
+    assert (work / "other.jsonl").read_bytes() != drawn.read_bytes()
+
+
+@contextlib.contextmanager
+def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    """A real one; killed at the end."""
+    flags = (
+        f"--model-path target --dtype float32 --device cpu --host 127.0.0.1 --port {port} --skip-server-warmup "
+        "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --disable-cuda-graph "
+        "--disable-overlap-schedule --mem-fraction-static 0.1 --max-total-tokens 8192 --max-running-requests 16"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("sglang_server.py")), *flags.split()],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5).status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_that_is_killed_and_started_again_gives_the_file_of_the_embedded_engine(work):
+    port = free_port()
+    asking = regenerate("served.jsonl", "--server", f"http://127.0.0.1:{port}", "--concurrency", 4)
+    with server(work, port) as process:
+        client = subprocess.Popen(
+            asking,
+            cwd=work,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while progress(work / "served.jsonl") < 5:
+            assert client.poll() is None
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+    said, _ = client.communicate(timeout=60)
+    assert client.returncode == 2, said
+    assert "the same command goes on" in said
+    assert progress(work / "served.jsonl") >= 5
+    with server(work, port):
+        assert "going on" in run(asking, work)
+    assert (work / "served.jsonl").read_bytes() == (work / "unbroken.jsonl").read_bytes()
+    one, two = (rows(work / f"{name}.jsonl.failed.jsonl") for name in ("served", "unbroken"))
+    assert [row for row in one if row["id"] != "row-2"] == [row for row in two if row["id"] != "row-2"]
+    assert "HTTP 400" in next(row["reason"] for row in one if row["id"] == "row-2")  # the server's own words
