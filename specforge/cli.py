@@ -31,7 +31,8 @@ def _flag_type(annotation: Any) -> Any:
     if type(None) in get_args(annotation):
         annotation = inner[0]
     if get_origin(annotation) is tuple:
-        return str if inner[0] is int else list[inner[0]]  # type: ignore[valid-type]
+        item = get_args(annotation)[0]
+        return str if item is int else list[item]  # type: ignore[valid-type]
     return str if annotation is ByteSize else annotation
 
 
