@@ -206,9 +206,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--target", type=Path, help="a model folder (default: SmolLM2-135M-Instruct and a tiny Llama)"
-    )
+    parser.add_argument("--target", type=Path, help="a model folder (default: SmolLM2-135M-Instruct and a tiny Llama)")
     parser.add_argument("--tokens", type=int, help="(default: 16,000, and 100,000 for the tiny one)")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--scratch", type=Path, help="where stores are written (default: a temporary folder)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from specforge.config import DemoSettings, DoctorSettings
 from specforge.pipeline.capture import prepare_hidden
 from specforge.pipeline.data import prepare_data, regenerate
-from specforge.pipeline.plan import plan
+from specforge.pipeline.planning import plan
 from specforge.pipeline.proof import benchmark
 from specforge.pipeline.stores import store_info, store_merge, store_verify
 from specforge.pipeline.training import train

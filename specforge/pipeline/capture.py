@@ -27,7 +27,7 @@ from specforge.features.passes import Passes
 from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
-from specforge.pipeline.plan import write_rate
+from specforge.pipeline.planning import write_rate
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
