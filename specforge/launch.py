@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # its stubs leave them out
 
 from specforge.console import is_main_rank, say
 from specforge.errors import ConfigError
@@ -23,7 +24,7 @@ TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
 
 
 _board_address: tuple[str, int] | None = None  # one for each process, as torch.distributed has one world
-_board_server: dist.TCPStore | None = None
+_board_server: TCPStore | None = None
 
 
 def device_count() -> int:
@@ -126,17 +127,17 @@ def _open_board(device: torch.device) -> None:
     global _board_address, _board_server
     host, port = os.environ["MASTER_ADDR"], torch.zeros(1, dtype=torch.int64, device=device)
     if dist.get_rank() == 0:
-        _board_server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        _board_server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port.fill_(_board_server.port)
     dist.broadcast(port, 0)
     _board_address = host, int(port)
 
 
-def board(timeout: timedelta = TIMEOUT) -> dist.Store:
+def board(timeout: timedelta = TIMEOUT) -> Store:
     """A connection of its own to the key-value store of this run: for what ranks tell each other outside of
     collectives, which all of them would have to take part in. A call that gets no answer raises after `timeout`."""
     assert _board_address, "join() comes first"
-    return dist.TCPStore(*_board_address, is_master=False, wait_for_workers=False, timeout=timeout)
+    return TCPStore(*_board_address, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def speaks() -> bool:

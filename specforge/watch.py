@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs leave it out
 
 from specforge.errors import EngineError
 
@@ -36,7 +36,7 @@ class Watch:
     rank writes its Python stacks to its log, one of them tells the user by `tell`, and all end with code 2."""
 
     def __init__(
-        self, ranks: tuple[int, int], board: dist.Store, timeout_s: float, tell: Callable[[EngineError], None]
+        self, ranks: tuple[int, int], board: Store, timeout_s: float, tell: Callable[[EngineError], None]
     ) -> None:
         """ranks: (own rank, world); board: a connection for this thread alone, with a timeout of its own."""
         (self._rank, self._world), self._board, self._timeout_s, self._tell = ranks, board, timeout_s, tell

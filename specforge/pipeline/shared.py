@@ -20,8 +20,9 @@ def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path
     engine = engines.load(settings, info, ranks)
     say(f"target {info.path} in {engine.name}, {engine.dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
     if not engine.serves_eagle3:
-        architecture = (info.config.get("architectures") or ["this model"])[0]
-        say(f"[yellow]note[/] SGLang has no EAGLE-3 for {architecture}: it can train a draft, but not serve it")
+        say(
+            f"[yellow]note[/] SGLang has no EAGLE-3 for {info.config.get('model_type')}: it can train a draft, but not serve it"
+        )
     return engine
 
 
