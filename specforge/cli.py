@@ -79,9 +79,9 @@ def execute(
     """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2."""
     try:
         chosen = config.load(settings, given, file)
-        from specforge import pipeline
+        from specforge.pipeline import run
 
-        return int(getattr(pipeline, command.replace("-", "_").replace(" ", "_"))(chosen) or 0)
+        return int(run(command, chosen) or 0)
     except SpecforgeError as error:
         return _fail(str(error), 2, debug)
     except OSError as error:

@@ -27,7 +27,7 @@ from specforge.features.passes import Passes
 from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
-from specforge.pipeline.plan import write_rate
+from specforge.pipeline.planning import write_rate
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
 from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
@@ -180,7 +180,7 @@ def _capture_split(
         for number in launch.claimed(fit, ranks, f"capture/{name}"):
             for part, records in passes.run(todo[number]):
                 for at in range(ranks.tp_rank, len(part), ranks.tp_size):
-                    _keep(writer, examples[part[at]], records[at] if records else None)
+                    keep(writer, examples[part[at]], records[at] if records else None)
                 watch.beat()
             advance(bar, int(until[number + 1]) - shown)  # all before it is done, or in work on another replica
             shown = int(until[number + 1])
@@ -196,9 +196,9 @@ def _capture_split(
     return int(until[-1])
 
 
-def _keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -> None:
+def keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -> None:
     """Into the store, or set aside where there is no record or one that would poison the training."""
-    if record is not None and _finite(record):
+    if record is not None and finite(record):
         writer.add(record)
     elif example.sample_id not in aside.reasons(writer.folder):
         reason = aside.TOO_LARGE if record is None else aside.NOT_FINITE
@@ -206,7 +206,7 @@ def _keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -
         _check_finite_share(writer)
 
 
-def _finite(record: FeatureRecord) -> bool:
+def finite(record: FeatureRecord) -> bool:
     """One reading pass: a sum that an infinite or NaN term entered is not finite (finite states never sum to fp32's
     largest)."""
     states = (record.aux, record.last, record.teacher_lse)

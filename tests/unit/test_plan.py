@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from specforge import cli, config
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError
-from specforge.features.store import Store
-from specforge.pipeline import plan as planning
+from specforge.features.index import Manifest
+from specforge.features.writer import StoreWriter
+from specforge.pipeline import planning
+from specforge.records import Ranks
 from specforge.target import weights
+from specforge.target.hf_engine import HfEngine
 from tests import tiny
 
 
@@ -23,24 +27,14 @@ from tests import tiny
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     tiny.make_target(folder / "target", dtype=torch.bfloat16)
-    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.conversations(200))
-    given = {"dataset": rows, "model_path": str(folder / "target"), "output": folder / "data"}
+    rows = tiny.write_jsonl(folder / "rows.jsonl", tiny.conversations(60))
+    given = {"dataset": str(rows), "model_path": str(folder / "target"), "output": folder / "data"}
     assert cli.execute("prepare-data", config.PrepareDataSettings, given) == 0
     return folder
 
 
 def settings(work, **given) -> config.PlanSettings:
     return config.PlanSettings(model_path=str(work / "target"), data=work / "data", **given)
-
-
-def captured(work, codec: str):
-    output = work / f"out-{codec}"
-    if not output.exists():
-        wanted = config.PrepareHiddenSettings(
-            model_path=str(work / "target"), data=work / "data", output=output, engine="hf", codec=codec
-        )
-        assert cli.execute("prepare-hidden", config.PrepareHiddenSettings, wanted.model_dump(exclude_none=True)) == 0
-    return output
 
 
 @pytest.fixture
@@ -57,27 +51,44 @@ def figure(lines, what: str) -> float:
 
 
 @pytest.mark.parametrize("codec", ["bf16", "fp8"])
-def test_bytes_are_those_of_a_real_capture(work, loaded, codec):
+def test_bytes_are_those_of_a_real_capture(tmp_path, loaded, codec):
     info, _, examples = loaded
     planned = figure(planning.disk_figures(examples, info, codec), f"disk, {codec}")
-    files = [path for path in captured(work, codec).rglob("*") if path.is_file() and "shard" in path.name]
+    layers = weights.default_aux_layers(info.num_layers)
+    engine = HfEngine(info, layers, Ranks(), dtype=torch.bfloat16, tokens_per_batch=8192)
+    manifest = Manifest(
+        target=info.path,
+        target_fingerprint=info.fingerprint,
+        tokenizer_hash="",
+        template_hash="",
+        aux_layers=layers,
+        data_hash="",
+        max_length=2048,
+        codec=codec,
+        dtype="bfloat16",
+        hidden_size=info.hidden_size,
+        num_records=len(examples),
+        tokens_per_batch=8192,
+        engine="hf",
+    )
+    with StoreWriter(tmp_path / "store", manifest) as writer:
+        for number, record in enumerate(engine.capture(examples)):
+            writer.add(replace(record, sample_id=number))
+    files = [path for path in (tmp_path / "store").iterdir() if "shard" in path.name]
     written = sum(path.stat().st_size for path in files)
     assert written / planned == pytest.approx(1, abs=0.02)
 
 
-def test_rate_is_read_back_from_a_capture_of_this_target_only(work, loaded):
+def test_a_rate_is_taken_from_a_capture_of_this_target_only(work, loaded, tmp_path):
     info, _, examples = loaded
     tokens = sum(len(example.token_ids) for example in examples)
-    folder = captured(work, "bf16")
-    rate = planning.read_rate(folder, info)
-    assert rate > 0
-    lines = planning.hour_figures(settings(work, rate_from=folder, dp_size=4), info, tokens)
-    assert figure(lines, "hours") == pytest.approx(tokens / rate / 4 / 3600)
-    content = json.loads((folder / planning.RATE_FILE).read_text())
-    (work / "other").mkdir()
-    (work / "other" / planning.RATE_FILE).write_text(json.dumps(content | {"target_fingerprint": "another"}))
+    planning.write_rate(tmp_path, info, 250.0, 1, torch.device("cpu"))
+    lines = planning.hour_figures(settings(work, rate_from=tmp_path, dp_size=4), info, tokens)
+    assert figure(lines, "hours") == pytest.approx(tokens / 1000 / 3600)
+    path = tmp_path / planning.RATE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_fingerprint": "another"}))
     with pytest.raises(ConfigError, match="another target"):
-        planning.read_rate(work / "other", info)
+        planning.read_rate(tmp_path, info)
     with pytest.raises(ConfigError, match="no measured rate"):
         planning.read_rate(work / "data", info)
 
@@ -130,8 +141,3 @@ def test_the_command_prints_every_figure_and_why(work, capsys):
     said = " ".join(capsys.readouterr().out.split())
     for word in ("samples", "supervised", "disk, bf16", "disk, fp8", "memory, optimizer", "--tokens-per-second"):
         assert word in said
-
-
-def test_the_store_has_what_was_planned(work, loaded):
-    _, splits, _ = loaded
-    assert len(Store(captured(work, "bf16") / "train")) == len(splits["train"])

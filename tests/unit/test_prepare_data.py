@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from specforge import pipeline
 from specforge.config import PrepareDataSettings
 from specforge.data import preparation
 from specforge.errors import ConfigError, DataError
+from specforge.pipeline.data import prepare_data
 from tests import tiny
 
 TURNS = [{"role": "user", "content": "how many cats?"}, {"role": "assistant", "content": "two cats."}]
@@ -31,7 +31,7 @@ def target(tmp_path_factory):
 def prepare(tmp_path, target):
     def run(*dataset, output="out", **settings):
         given = {"model_path": target, "max_length": 512, "test_share": 0.2} | settings
-        pipeline.prepare_data(PrepareDataSettings(dataset=tuple(map(str, dataset)), output=tmp_path / output, **given))
+        prepare_data(PrepareDataSettings(dataset=tuple(map(str, dataset)), output=tmp_path / output, **given))
         return json.loads((tmp_path / output / "report.json").read_text())
 
     return run
@@ -213,7 +213,7 @@ def show(tmp_path, target, capsys, **settings):
     rows = [{"id": "emoji", "messages": [TURNS[0], {"role": "assistant", "content": "zwei 👩‍👩‍👧 <b>"}]}]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [*rows, *tiny.conversations(5)])
     settings = {"dataset": (str(path),), "model_path": target, "output": tmp_path / "out", "show_mask": 2} | settings
-    pipeline.prepare_data(PrepareDataSettings(**settings))
+    prepare_data(PrepareDataSettings(**settings))
     assert not (tmp_path / "out").exists()
     return capsys.readouterr().out
 
@@ -243,6 +243,6 @@ def test_the_page_in_a_browser(tmp_path, target, capsys):
 
 def test_showing_needs_a_target_and_a_number(tmp_path, target):
     with pytest.raises(ConfigError):
-        pipeline.prepare_data(PrepareDataSettings(dataset=("x",), show_mask=1))
+        prepare_data(PrepareDataSettings(dataset=("x",), show_mask=1))
     with pytest.raises(ConfigError):
-        pipeline.prepare_data(PrepareDataSettings(dataset=("x",), model_path=target, html=tmp_path / "x.html"))
+        prepare_data(PrepareDataSettings(dataset=("x",), model_path=target, html=tmp_path / "x.html"))
