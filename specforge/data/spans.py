@@ -163,7 +163,7 @@ def generation_spans(
     for (first, last), message in zip(blocks, turns, strict=True):
         inside = text[first:last]
         written = inside.rstrip()  # white space behind the stop is the template's
-        stopped = written.endswith(tuple(special))
+        stopped = written.endswith(tuple(special)) and written.strip() != message.content.strip()  # by its own stop
         last = first + len(written) if stopped else end_of_turn(text, last, special)
         if not message.tool_calls and "".join(message.content.split()) not in "".join(inside.split()):
             return HIDDEN
