@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 
-from specforge import cli
 from specforge.data.lines import lines
 from specforge.data.sources import resolve
 from specforge.errors import SpecforgeError
@@ -15,6 +14,8 @@ if __name__ == "__main__":
     try:
         sources = resolve(sys.argv[1:])
     except SpecforgeError as error:
+        from specforge import cli  # only here: it is the longest import
+
         sys.exit(cli.fail(error))
     shown = [
         {

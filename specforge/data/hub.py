@@ -40,7 +40,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.markup import escape as plain
 
 from specforge.console import say
-from specforge.errors import DataError
+from specforge.errors import ConfigError, DataError
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 LISTING_TIMEOUT = 20.0  # seconds
@@ -74,7 +74,8 @@ def fetch(repo: str, choose: Choose) -> Fetched:
     """The chosen files of the data set repository `repo` ("org/name"), downloaded or out of the cache.
 
     Where the hub cannot be reached, or no longer has the repository, a complete copy in the cache is used, and that is
-    said. Raises DataError where there is none, or where the repository offers nothing to choose.
+    said. Raises DataError where there is none, or where the repository offers nothing to choose; ConfigError where the
+    cache cannot be written.
     """
     with _library_warnings_said():
         kept = _in_cache(repo, choose)
@@ -85,6 +86,12 @@ def fetch(repo: str, choose: Choose) -> Fetched:
                 say(plain(f"{repo}: {_reason(error)}"))
                 _say_cached(repo, kept)
                 return kept
+            if isinstance(error, OSError) and error.errno is not None:
+                raise ConfigError(
+                    f"the hub's cache cannot be used: {_reason(error)}",
+                    where=str(constants.HF_HUB_CACHE),
+                    fix="make room or give permission there, or set HF_HOME to another folder",
+                ) from error
             raise DataError(
                 f"{repo} cannot be had from the hub: {_reason(error)}",
                 where=_page(repo),
@@ -110,8 +117,8 @@ def _online(repo: str, choose: Choose) -> Fetched:
                 _check(files[-1], listed[name])
         with disable_progress_bars():  # downloads nothing more; notes commit and listing for a time without a network
             snapshot_download(repo, repo_type="dataset", allow_patterns=[escape(name) for name in names])
-    except httpx.TransportError as error:
-        raise _GivenUpError(f"the connection was lost again and again ({error})") from error
+    except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: of hf_xet, which has no errors of its own
+        raise _GivenUpError(f"the connection was lost again and again ({_first_line(error)})") from error
     fetched = Fetched(files=tuple(files), commit=commit, cached=not missing)
     if fetched.cached:
         _say_cached(repo, fetched)
@@ -236,7 +243,11 @@ def _reason(error: BaseException) -> str:
         return f"no connection ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _page(repo: str) -> str:
@@ -246,8 +257,6 @@ def _page(repo: str) -> str:
 def _fix(error: BaseException) -> str:
     if isinstance(error, GatedRepoError):
         return "accept them on that page in a browser, then `hf auth login`"
-    if isinstance(error, OSError) and error.errno is not None:
-        return "mend that, or set HF_HOME to a folder on another disk"
     return "check the name and the network; or get its files by other means, and give them or their folder as a path"
 
 
