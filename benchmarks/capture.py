@@ -48,7 +48,7 @@ from specforge.target import gguf, weights
 
 ROOT = Path(__file__).parents[1]
 PADDED_BATCH = 32
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 class BareHook:
@@ -177,6 +177,7 @@ def measure(target: Path, tokens: int, repetitions: int, scratch: Path) -> dict[
             began = time.perf_counter()
             todo[name]()
             seconds[name].append(time.perf_counter() - began)
+        print({name: round(found[-1], 2) for name, found in seconds.items()}, file=sys.stderr, flush=True)
     ratios = {
         name: statistics.median(mine / bare for mine, bare in zip(seconds[name], seconds["bare"], strict=True))
         for name in todo
@@ -207,7 +208,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, help="a model folder (default: SmolLM2-135M-Instruct and a tiny Llama)")
-    parser.add_argument("--tokens", type=int, help="(default: 16,000, and 100,000 for the tiny one)")
+    parser.add_argument("--tokens", type=int, help="(default: 8,000, and 50,000 for the tiny one)")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--scratch", type=Path, help="where stores are written (default: a temporary folder)")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # one target: SGLang takes one a process
@@ -216,7 +217,7 @@ def main() -> None:
         if options.one:
             print(json.dumps(measure(options.target, options.tokens, options.repetitions, Path(scratch))))
             return
-        targets = {options.target: options.tokens or 16_000} if options.target else default_targets(Path(scratch))
+        targets = {options.target: options.tokens or 8_000} if options.target else default_targets(Path(scratch))
         results = []
         for target, tokens in targets.items():
             given = ["--target", str(target), "--tokens", str(options.tokens or tokens)]
@@ -239,8 +240,8 @@ def default_targets(scratch: Path) -> dict[Path, int]:
     from tests.tiny import make_target
 
     return {
-        gguf.smollm2(ROOT / "cache" / "models" / "SmolLM2-135M-Instruct"): 16_000,
-        make_target(scratch / "tiny-llama", dtype=torch.bfloat16): 100_000,
+        gguf.smollm2(ROOT / "cache" / "models" / "SmolLM2-135M-Instruct"): 8_000,
+        make_target(scratch / "tiny-llama", dtype=torch.bfloat16): 50_000,
     }
 
 

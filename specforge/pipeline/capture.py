@@ -207,10 +207,11 @@ def keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) ->
 
 
 def finite(record: FeatureRecord) -> bool:
-    """One reading pass: a sum that an infinite or NaN term entered is not finite (finite states never sum to fp32's
-    largest)."""
+    """One reading pass: a sum that an infinite or NaN term entered is not finite, and finite states never sum to the
+    largest number of bf16 or fp32 (fp16's is small). `sum(dtype=...)` was 10 to 40 times slower on a CPU."""
     states = (record.aux, record.last, record.teacher_lse)
-    return bool(torch.isfinite(torch.stack([tensor.sum(dtype=torch.float32) for tensor in states])).all())
+    sums = [(tensor.float() if tensor.dtype == torch.float16 else tensor).sum().float() for tensor in states]
+    return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def _check_finite_share(writer: StoreWriter) -> None:

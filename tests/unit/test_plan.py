@@ -37,7 +37,7 @@ def settings(work, **given) -> config.PlanSettings:
     return config.PlanSettings(model_path=str(work / "target"), data=work / "data", **given)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loaded(work):
     info = weights.describe(str(work / "target"))
     tokenizer = ChatTokenizer(str(work / "target"), None, False)
@@ -50,18 +50,26 @@ def figure(lines, what: str) -> float:
     return found
 
 
+LAYERS = weights.default_aux_layers(8)
+
+
+@pytest.fixture(scope="module")
+def records(loaded):
+    info, _, examples = loaded
+    engine = HfEngine(info, LAYERS, Ranks(), dtype=torch.bfloat16, tokens_per_batch=8192)
+    return [replace(record, sample_id=number) for number, record in enumerate(engine.capture(examples))]
+
+
 @pytest.mark.parametrize("codec", ["bf16", "fp8"])
-def test_bytes_are_those_of_a_real_capture(tmp_path, loaded, codec):
+def test_bytes_are_those_of_a_real_capture(tmp_path, loaded, records, codec):
     info, _, examples = loaded
     planned = figure(planning.disk_figures(examples, info, codec), f"disk, {codec}")
-    layers = weights.default_aux_layers(info.num_layers)
-    engine = HfEngine(info, layers, Ranks(), dtype=torch.bfloat16, tokens_per_batch=8192)
     manifest = Manifest(
         target=info.path,
         target_fingerprint=info.fingerprint,
         tokenizer_hash="",
         template_hash="",
-        aux_layers=layers,
+        aux_layers=LAYERS,
         data_hash="",
         max_length=2048,
         codec=codec,
@@ -72,8 +80,8 @@ def test_bytes_are_those_of_a_real_capture(tmp_path, loaded, codec):
         engine="hf",
     )
     with StoreWriter(tmp_path / "store", manifest) as writer:
-        for number, record in enumerate(engine.capture(examples)):
-            writer.add(replace(record, sample_id=number))
+        for record in records:
+            writer.add(record)
     files = [path for path in (tmp_path / "store").iterdir() if "shard" in path.name]
     written = sum(path.stat().st_size for path in files)
     assert written / planned == pytest.approx(1, abs=0.02)
