@@ -88,7 +88,8 @@ class SglangEngine:
         """Continuous batching: a prompt joins as soon as its tokens fit beside those that run, and an answer that has
         ended gives its places in the KV pool back. Every rank draws from the same logits with the same seeds."""
         self._hook.rows = None
-        running, batch = list[_Running](), None
+        running = list[_Running]()
+        batch: Any = None
         try:
             while waiting or running:
                 joining = self._admit(waiting, running, sampling, at_once)
