@@ -35,7 +35,7 @@ def regenerate(settings: RegenerateSettings) -> int | None:
     return _in_process(settings, asked)
 
 
-def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> None:
+def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:
     from specforge.data.regenerate_server import ServerRegenerator, model_name
 
     url = str(settings.server)
@@ -50,6 +50,7 @@ def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> 
             ServerRegenerator(url, model, sampling, settings.seed, special).run(todo, settings.concurrency, take)
         )
     _write(settings, finished, settings.model_path or model)
+    return None
 
 
 def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:
