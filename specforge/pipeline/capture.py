@@ -14,8 +14,8 @@ from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import StoreError
 from specforge.features.codec import codec_for
-from specforge.features.packing import in_batches
 from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
+from specforge.features.packing import in_batches
 from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
