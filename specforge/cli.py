@@ -13,7 +13,7 @@ import typer
 from pydantic import ByteSize
 
 from specforge import __version__, config
-from specforge.console import console, is_main_rank
+from specforge.console import console, is_main_rank, show_error
 from specforge.errors import SpecforgeError
 
 app = typer.Typer(
@@ -104,17 +104,26 @@ def world_size() -> int:
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
-    if is_main_rank():
-        console.print("[bold red]error[/] ", end="")
-        console.print(message, markup=False)
+    if _speaks():
+        show_error(message)
         if debug:
             console.print(traceback.format_exc(), markup=False)
     return code
 
 
+def _speaks() -> bool:
+    """Once the ranks are joined a fault may be that of one rank alone: then that one tells of it."""
+    if "specforge.launch" not in sys.modules:
+        return is_main_rank()
+    from specforge import launch
+
+    return launch.speaks()
+
+
 SETTINGS: dict[str, type[config.Settings]] = {
     "prepare-data": config.PrepareDataSettings,
     "regenerate": config.RegenerateSettings,
+    "plan": config.PlanSettings,
     "prepare-hidden": config.PrepareHiddenSettings,
     "train": config.TrainSettings,
     "benchmark": config.BenchmarkSettings,

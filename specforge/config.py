@@ -61,21 +61,49 @@ class PrepareDataSettings(DataSettings):
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
 
 
-class PrepareHiddenSettings(EngineSettings, DataSettings):
-    """The target's hidden states for every token, into a store."""
+class CaptureSettings(EngineSettings, DataSettings):
+    """What is captured, and by how many ranks."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
+    dp_size: int | None = Field(
+        None, ge=1, description="copies of the target that share the work (default: as many as there are GPUs for)"
+    )
     data: Path = Field(Path("cache/dataset/prepared"), description="a prepared folder, or a JSONL file")
-    output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
-    shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
     codec: Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"] = Field(
         "auto", description="how states are stored; auto: bf16, or fp32 for a target that runs in fp32"
     )
+
+
+class PrepareHiddenSettings(CaptureSettings):
+    """The target's hidden states for every token, into a store."""
+
+    output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
+    rank_timeout: float = Field(120, gt=0, description="seconds without progress after which a hung run is ended")
+    shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
     max_disk: ByteSize | None = Field(None, description="stop before the features take more, e.g. 500GB")
 
 
-class TrainSettings(EngineSettings, DataSettings, ReadSettings):
+class DraftSettings(Settings):
+    """The draft's size, and how much of it is unrolled at once."""
+
+    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
+    draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
+    steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
+    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
+
+
+class PlanSettings(CaptureSettings, DraftSettings):
+    """What a capture will cost in disk, memory and hours; loads no weights and needs no GPU."""
+
+    online: bool = Field(False, description="plan for training with the live target: the draft's memory too")
+    tokens_per_second: float | None = Field(None, gt=0, description="rate of one copy of the target, for the hours")
+    rate_from: Path | None = Field(
+        None, description="a folder that prepare-hidden wrote: takes the rate measured there"
+    )
+
+
+class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
     features: Path | None = Field(None, description="folder that prepare-hidden wrote")
@@ -84,12 +112,8 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings):
     test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
     deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
-    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
-    draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
-    steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
     epochs: int = Field(10, ge=1)
-    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
     rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")

@@ -23,6 +23,9 @@ from torch.distributed import ProcessGroup
 
 from specforge.alignment import prediction_depth, teacher_rows
 
+MAX_EXAMPLES = 256  # examples in one pass of the target
+HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -221,7 +224,9 @@ class TargetEngine(Protocol):
     """The target model. Every rank of a tensor-parallel group makes the same calls in the same order.
 
     `capture` runs each example whole, unpadded and in one piece, and returns its records in the order given, on the
-    engine's device. `tokens_per_batch` bounds the sum of the lengths of one call.
+    engine's device. One call takes MAX_EXAMPLES examples and `tokens_per_batch` tokens at most (what was asked for, or
+    less where memory leaves a smaller KV cache). It raises OutOfMemoryError on all ranks of the replica where one of
+    them lacks memory; the engine can be used further.
     """
 
     name: str
@@ -230,6 +235,7 @@ class TargetEngine(Protocol):
     tokens_per_batch: int
     device: torch.device
     dtype: torch.dtype  # in which the target runs
+    serves_eagle3: bool  # whether SGLang can serve a draft for this target
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
 

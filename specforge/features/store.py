@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from specforge.errors import StoreError
+from specforge.features import aside
 from specforge.features.codec import CODECS
 from specforge.features.index import Manifest, read_index
 from specforge.features.shard import DAMAGE, Shard, damage
@@ -38,9 +39,10 @@ class Store:
                 where=str(folder / "shards.jsonl"),
                 fix="delete the line of one of their shards, or capture again",
             )
-        if held != self.manifest.num_records:
+        due = self.manifest.num_records - len(aside.reasons(folder))
+        if held != due:
             raise StoreError(
-                f"the store is unfinished: {held} of {self.manifest.num_records} records",
+                f"the store is unfinished: {held} of {due} records",
                 where=str(folder),
                 fix="run the same `specforge prepare-hidden` command again; it goes on where it was",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from specforge.config import DemoSettings, DoctorSettings
 from specforge.pipeline.capture import prepare_hidden
 from specforge.pipeline.data import prepare_data, regenerate
+from specforge.pipeline.planning import plan
 from specforge.pipeline.proof import benchmark
 from specforge.pipeline.stores import store_info, store_merge, store_verify
 from specforge.pipeline.training import train
@@ -13,6 +14,7 @@ __all__ = [
     "benchmark",
     "demo",
     "doctor",
+    "plan",
     "prepare_data",
     "prepare_hidden",
     "regenerate",
