@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specforge import cli
+from specforge.features import aside
 from specforge.features.index import read_index
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter
@@ -170,6 +171,24 @@ def test_three_single_stores_of_several_writers(tmp_path):
     for index in range(30):
         assert_same(store.record(index), record(index))
     assert {line["writer"] for line in read_index(tmp_path / "all")} == set(range(6))
+
+
+def test_records_that_were_set_aside_are_not_missing(tmp_path):
+    folders = []
+    for number in range(2):
+        folders.append(tmp_path / str(number))
+        with StoreWriter(folders[-1], manifest(10, data_hash=str(number))) as writer:
+            for sample_id in range(9):
+                writer.add(replace(record(10 * number + sample_id), sample_id=sample_id))
+        aside.set_aside(folders[-1], 9, aside.TOO_LARGE)
+        assert run("verify", folders[-1])[0] == 0
+        assert re.search(r"set aside +│ +1", run("info", folders[-1])[1])
+    assert run("merge", *folders, "--output", tmp_path / "all")[0] == 0
+    store = Store(tmp_path / "all")
+    assert len(store) == 18
+    for index in range(18):
+        own = index if index < 9 else index + 1
+        assert_same(store.record(index), replace(record(own), sample_id=index))
 
 
 def test_merging_takes_no_disk_where_links_are_possible(tmp_path):
