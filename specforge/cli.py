@@ -38,7 +38,7 @@ def _flag_type(annotation: Any) -> Any:
 
 def _add_command(name: str, settings: Any) -> None:
     """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override. The
-    fields in POSITIONAL are given without a flag. A name of two words is a command of a group."""
+    fields in `config.POSITIONAL` are given without a flag. A name of two words is a command of a group."""
 
     def run(**given: Any) -> None:
         debug, file, _ = given.pop("debug"), given.pop("config"), given.pop("local_rank")
@@ -57,8 +57,8 @@ def _add_command(name: str, settings: Any) -> None:
         elif field.default not in (None, False):
             help_text += f" (default: {field.default})"
         option = typer.Option(declaration, help=help_text, show_default=False)
-        if key in POSITIONAL:
-            option = typer.Argument(help=help_text, show_default=False)
+        if key in config.POSITIONAL:
+            option = typer.Argument(metavar=key.upper(), help=help_text, show_default=False)
         parameters.append(_parameter(key, Annotated[_flag_type(field.annotation) | None, option]))
     parameters.append(_parameter("config", Annotated[Path | None, typer.Option(help="settings as YAML")]))
     local_rank = typer.Option("--local_rank", hidden=True)  # given by deepspeed's launcher, which sets LOCAL_RANK too
@@ -139,7 +139,6 @@ SETTINGS: dict[str, type[config.Settings]] = {
     "demo": config.DemoSettings,
     "doctor": config.DoctorSettings,
 }
-POSITIONAL = {"folder", "folders"}
 GROUPS = {"store": typer.Typer(help="Look after feature stores.", no_args_is_help=True)}
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from specforge.errors import ConfigError
 
+POSITIONAL = ("folder", "folders")  # on the command line these are given without a flag
+
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are refused."""
@@ -233,7 +235,8 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         key = str(first["loc"][0]) if first["loc"] else name
-        where = f"{file}, key '{key}'" if key in values and key not in given else f"--{key.replace('_', '-')}"
+        flag = key.upper() if key in POSITIONAL else f"--{key.replace('_', '-')}"
+        where = f"{file}, key '{key}'" if key in values and key not in given else flag
         raise ConfigError(
             f"{name}: {first['msg'].lower()}" + (f", got {first['input']!r}" if first["type"] != "missing" else ""),
             where=where,

@@ -96,7 +96,7 @@ def decompress(codec: Codec, stored: NDArray[np.uint8], size: int) -> NDArray[np
         planes = zstandard.ZstdDecompressor().decompress(stored.data)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
-    return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(codec.stored.itemsize, -1).T).reshape(-1)
+    return np.frombuffer(planes, np.uint8).reshape(codec.stored.itemsize, -1).T.flatten()
 
 
 def _scale(rows_RH: Tensor) -> Tensor:

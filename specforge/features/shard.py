@@ -130,7 +130,7 @@ class Shard:
         """Whether the record is as it was written."""
         digest = xxhash.xxh3_64(self._states(at).numpy().data)
         for name in DTYPES:
-            digest.update(self._part(name, at, at + 1).contiguous().view(torch.uint8).numpy().data)
+            digest.update(self._part(name, at, at + 1).view(torch.uint8).numpy().data)
         return bool(digest.hexdigest() == self._line["records"][at]["xxh3"])
 
     def record(self, at: int, codec: Codec, device: torch.device) -> FeatureRecord:

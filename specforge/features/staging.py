@@ -92,6 +92,7 @@ class Staging:
                 record.teacher_lse.to(torch.float32),
                 record.loss_mask.to(torch.uint8),
             ]
+            small = [part.clone(memory_format=torch.contiguous_format) for part in small]  # of one value: any stride
             memory, at = self.ring.take(sum(part.nbytes for part in [*states, *small])), 0
             for part in [*states, *small]:
                 memory[at : at + part.nbytes].copy_(part.reshape(-1).view(torch.uint8), non_blocking=True)

@@ -16,6 +16,7 @@ from rich.table import Table
 from specforge.config import StoreInfoSettings, StoreMergeSettings, StoreVerifySettings
 from specforge.console import advance, console, progress, say, tracked
 from specforge.errors import ConfigError, StoreError
+from specforge.features import aside
 from specforge.features.index import MANIFEST, Manifest, RecordLine, ShardLine, append_line, read_index
 from specforge.features.shard import DAMAGE, damage
 from specforge.features.store import Store
@@ -36,8 +37,9 @@ def store_verify(settings: StoreVerifySettings) -> None:
                     console.print(found[-1], markup=False)
                 advance(bar, line["bytes"])
         held = len({record["sample_id"] for line in lines for record in line["records"]})
-        if held != manifest.num_records:
-            unfinished.append(f"{folder.name} holds {held:,} of {manifest.num_records:,} records")
+        due = manifest.num_records - len(aside.reasons(folder))
+        if held != due:
+            unfinished.append(f"{folder.name} holds {held:,} of {due:,} records")
     if found:
         what = f"the store is damaged, in {len(found)} place(s); the first: {found[0]}"
         raise StoreError(what, where=str(settings.folder), fix=DAMAGE)
@@ -59,7 +61,10 @@ def store_info(settings: StoreInfoSettings) -> None:
             table.add_row(name, str(value))
         table.add_section()
         records = [record for line in lines for record in line["records"]]
-        for name, fact in _facts(manifest, records, sum(line["bytes"] for line in lines)).items():
+        facts = {"records in the store": f"{len(records):,} of {manifest.num_records:,}"}
+        if found := aside.reasons(folder):
+            facts["set aside"] = f"{len(found):,}, listed in {aside.SET_ASIDE}"
+        for name, fact in (facts | _facts(records, sum(line["bytes"] for line in lines))).items():
             table.add_row(name, fact)
         console.print(table)
         if records:
@@ -100,10 +105,9 @@ def _stores(folder: Path) -> dict[str, Path]:
     return splits or {"": folder}
 
 
-def _facts(manifest: Manifest, records: list[RecordLine], size: int) -> dict[str, str]:
+def _facts(records: list[RecordLine], size: int) -> dict[str, str]:
     tokens = sum(record["tokens"] for record in records)
     return {
-        "records in the store": f"{len(records):,} of {manifest.num_records:,}",
         "tokens": f"{tokens:,}",
         "supervised": f"{sum(record['supervised'] for record in records) / max(tokens, 1):.1%}",
         "teacher rows": f"{sum(record['teachers'] for record in records) / max(tokens, 1):.1%}",
@@ -145,7 +149,7 @@ def _merged(stores: list[Store]) -> Manifest:
     return replace(
         first,
         data_hash=xxhash.xxh3_128_hexdigest(" ".join(hashes).encode()),
-        num_records=sum(store.manifest.num_records for store in stores),
+        num_records=sum(len(store) for store in stores),  # what was set aside is left out
         max_length=max(store.manifest.max_length for store in stores),
     )
 

@@ -15,7 +15,9 @@ from specforge import __version__, cli, config
 from specforge.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {command.name: command for command in cli.app.registered_commands if command.name}
+COMMANDS = {command.name for command in cli.app.registered_commands if command.name} | {
+    f"{group} {command.name}" for group, app in cli.GROUPS.items() for command in app.registered_commands
+}
 SETTINGS = cli.SETTINGS
 
 
@@ -117,7 +119,7 @@ def test_a_switch_can_be_turned_off_against_yaml(monkeypatch):
         for key, field in settings.model_fields.items():
             if field.annotation is bool:
                 flag = key.replace("_", "-")
-                helped = run(name, "--help").output
+                helped = run(*name.split(), "--help").output
                 assert re.search(rf"--no-{flag}\b", helped), f"{name} --no-{flag}"
 
 
@@ -142,6 +144,7 @@ def test_a_switch_can_be_turned_off_against_yaml(monkeypatch):
         ("prepare-data", "--test-share", "1"),
         ("prepare-hidden", "--shard-mb", "0"),
         ("prepare-hidden", "--num-samples", "0"),
+        ("prepare-hidden", "--max-disk", "much"),
         ("benchmark", "--num-prompts", "-1"),
         ("regenerate", "--concurrency", "0"),
     ],
@@ -179,22 +182,24 @@ def test_what_cannot_be_parsed_ends_with_code_2(arguments):
 
 
 def test_every_command_is_there():
-    assert set(COMMANDS) | {"version"} >= set(SETTINGS)
+    assert {*SETTINGS, "version"} == COMMANDS | {"version"}
     assert run("version").output.strip() == __version__
     helped = run("--help")
     assert helped.exit_code == 0
     for name in SETTINGS:
-        assert name in helped.output
+        group, *_ = name.split()
+        assert group in helped.output
+        assert name.split()[-1] in (helped if group == name else run(group, "--help")).output
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_help_names_every_setting_with_its_default(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    found = run(name, "--help")
+    found = run(*name.split(), "--help")
     assert found.exit_code == 0
     shown = re.sub(r"\s+", " ", found.output)
     for key, field in SETTINGS[name].model_fields.items():
-        assert "--" + key.replace("_", "-") in shown
+        assert (key.upper() if key in config.POSITIONAL else "--" + key.replace("_", "-")) in shown
         if field.is_required():
             assert "required" in shown
         elif field.default not in (None, True, False):
@@ -205,7 +210,7 @@ def test_help_imports_no_torch():
     """In a process of its own, all helps one after the other."""
     code = """
 import sys, runpy
-for arguments in [["--help"], ["version"], *([name, "--help"] for name in NAMES)]:
+for arguments in [["--help"], ["version"], *([*name.split(), "--help"] for name in NAMES)]:
     sys.argv = ["specforge", *arguments]
     try:
         runpy.run_module("specforge.cli", run_name="__main__")
