@@ -5,9 +5,7 @@ For a row with student logits s and teacher logits z over the draft vocabulary, 
     loss = logsumexp(s) - sum_d p_d s_d            d loss / d s = softmax(s) - p
 
 One pass, a chunk of teacher rows at a time: teacher logits once, student logits of every step's rows that this chunk
-teaches, loss, and the gradients of hidden states and head. `[rows, draft vocabulary]` exists for one chunk only, and on
-a CPU what is done to each element is done to a few rows at a time, while they are in the core's cache: there the
-products are quick and the dozen passes over memory would be most of the step.
+teaches, loss, and the gradients of hidden states and head. `[rows, draft vocabulary]` exists for one chunk only.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ from torch import Tensor
 
 from specforge.records import TargetHead
 
-CHUNK = 64  # teacher rows; with seven steps seven times as many student rows
-CACHED = 1 << 20  # bytes of fp32 logits that stay in a core's cache beside the teacher's
+CHUNK = 256  # teacher rows
 MULTIPLE = 64  # rows are filled up to it with zeros of no weight: few shapes (unroll.py says why)
 
 
@@ -58,18 +55,18 @@ class FusedCrossEntropy(torch.autograd.Function):
             if count == 0:
                 continue
             p_CD = target.logits(last_SH[start : start + CHUNK], teacher_head_DH).softmax(-1)
+            p_mD = p_CD[F.pad(teacher_M[picked] - start, (0, spare))]
             student_mH = F.pad(student_MH[picked], (0, 0, 0, spare))
-            logits_mD = F.linear(student_mH, head_DH)
-            rows = CACHED // (4 * len(head_DH)) if logits_mD.device.type == "cpu" else len(logits_mD)
-            for first in range(0, count, max(1, rows)):
-                part = slice(first, min(first + max(1, rows), count))
-                mine = picked[part]
-                loss_M[mine], best_M[mine] = _row_losses(logits_mD[part], p_CD[teacher_M[mine] - start])
-            if grad_student_MH is not None and grad_head_DH is not None:  # logits_mD holds their gradient now
-                weight_m1 = F.pad(weight_M[picked], (0, spare))[:, None]
-                logits_mD[count:] = 0
-                grad_student_MH[picked] = ((logits_mD @ head_DH) * weight_m1).to(student_MH.dtype)[:count]
-                grad_head_DH += logits_mD.T @ (student_mH * weight_m1).to(student_MH.dtype)
+            logits_mD = F.linear(student_mH, head_DH).float()
+            lse_m = logits_mD.logsumexp(-1)
+            loss_M[picked] = (lse_m - (p_mD * logits_mD).sum(-1))[:count]
+            best_M[picked] = logits_mD.argmax(-1)[:count]
+            if grad_student_MH is not None and grad_head_DH is not None:
+                weight_m = F.pad(weight_M[picked], (0, spare))
+                grad_mD = logits_mD.sub_(lse_m[:, None]).exp_().sub_(p_mD).mul_(weight_m[:, None])
+                grad_mD = grad_mD.to(student_MH.dtype)
+                grad_student_MH[picked] = (grad_mD @ head_DH)[:count]
+                grad_head_DH += grad_mD.T @ student_mH
         if grad_student_MH is not None and grad_head_DH is not None:
             ctx.save_for_backward(grad_student_MH, grad_head_DH.to(head_DH.dtype))
         ctx.mark_non_differentiable(loss_M, best_M)
@@ -80,14 +77,3 @@ class FusedCrossEntropy(torch.autograd.Function):
         grad_student_MH, grad_head_DH = ctx.saved_tensors
         scale = grad_sum.to(grad_student_MH.dtype)
         return grad_student_MH * scale, grad_head_DH * scale, None, None, None, None, None
-
-
-def _row_losses(logits_rD: Tensor, p_rD: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss_r, best_r) of a few rows; `logits_rD` becomes softmax(logits) - p, the gradient."""
-    wide_rD = logits_rD.float()
-    top_r, best_r = wide_rD.max(-1)
-    share_rD = wide_rD.softmax(-1)
-    lse_r = top_r - share_rD.gather(1, best_r[:, None]).squeeze(1).log()  # of the largest share: at least 1 / D
-    loss_r = lse_r - (p_rD * wide_rD).sum(-1)
-    logits_rD.copy_(share_rD.sub_(p_rD))
-    return loss_r, best_r
