@@ -17,8 +17,8 @@ def main() -> int:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output-path", type=Path)
     options = parser.parse_args()
-    output = options.output_path or Path("cache/dataset") / Path(options.dataset).stem
-    return cli.execute("prepare-data", config.PrepareDataSettings, {"dataset": options.dataset, "output": output})
+    given = {"dataset": (options.dataset,)} | ({"output": options.output_path} if options.output_path else {})
+    return cli.execute("prepare-data", config.PrepareDataSettings, given)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from specforge import cli, config
-from specforge.errors import DataError
+
+
+def mix(output: Path, model_path: str, max_length: int) -> int:
+    """The mixed data set, made by the first rank while the others wait for the file that it writes last."""
+    given = {"dataset": ("mix",), "model_path": model_path, "max_length": max_length, "output": output}
+    if int(os.environ.get("RANK", "0")) == 0:
+        return cli.execute("prepare-data", config.PrepareDataSettings, given)
+    while not (output / "train.jsonl").exists():
+        time.sleep(1)
+    return 0
 
 
 def main() -> int:
@@ -21,7 +31,7 @@ def main() -> int:
     parser.add_argument("--basepath", default="meta-llama/Llama-3.1-8B-Instruct", help="the target")
     parser.add_argument("--cache_dir", type=Path, default=Path("./data_cache"), help="where prepared data lies")
     parser.add_argument("--savedir", type=Path, default=Path("./checkpoints"))
-    parser.add_argument("--trainpath", type=Path, help="JSONL (default: train.jsonl of the mixed data in cache_dir)")
+    parser.add_argument("--trainpath", type=Path, help="JSONL (default: ultrachat and sharegpt, made in cache_dir)")
     parser.add_argument("--testpath", type=Path, help="JSONL (default: every 20th training row is held out)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by deepspeed")
     parser.add_argument("--epochs", type=int, default=10)
@@ -45,14 +55,10 @@ def main() -> int:
         "rows_per_step": cli.world_size(),
         "draft_vocab_size": options.draft_vocab_size,
     }
-    if options.trainpath is None and not mixed.is_dir():
-        return cli.fail(
-            DataError(
-                "the mixed data set is not prepared, and fetching it from the hub is not built yet",
-                where=str(mixed),
-                fix="give conversations as JSONL with --trainpath",
-            )
-        )
+    if options.trainpath is None:
+        code = mix(mixed, options.basepath, options.max_length)
+        if code:
+            return code
     return cli.execute("train", config.TrainSettings, given)
 
 

@@ -20,8 +20,8 @@ def main() -> int:
     parser.add_argument("--target-model-path", "--model-path", dest="model_path", required=True)
     parser.add_argument("--train-data-path", type=Path, required=True, help="conversations, or text with a template")
     parser.add_argument("--eval-data-path", type=Path)
-    parser.add_argument("--is-preformatted", action="store_true", help="rows are {id, text}; found row by row anyway")
-    parser.add_argument("--chat-template")
+    parser.add_argument("--is-preformatted", action="store_true", help="rows are {id, text}")
+    parser.add_argument("--chat-template", help="a Jinja file; a short name only says which family the target is")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/draft"))
     parser.add_argument("--num-epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=1, help="packed rows on each rank in an optimizer step")
@@ -38,7 +38,8 @@ def main() -> int:
         "model_path": options.model_path,
         "data": options.train_data_path,
         "test_data": options.eval_data_path,
-        "chat_template": options.chat_template,
+        "chat_template": cli.own_template(options.chat_template),
+        "is_preformatted": options.is_preformatted,
         "output": options.output_dir,
         "epochs": options.num_epochs,
         "rows_per_step": options.batch_size * cli.world_size(),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from pydantic import ByteSize
 
 from specforge import __version__, config
-from specforge.console import console, is_main_rank
+from specforge.console import console, is_main_rank, show_error
 from specforge.errors import SpecforgeError
 
 app = typer.Typer(
@@ -25,21 +26,23 @@ app = typer.Typer(
 
 
 def _flag_type(annotation: Any) -> Any:
-    """What typer can parse: `X | None` becomes X, a tuple of ints a string of numbers."""
+    """What typer can parse: `X | None` becomes X, a tuple of ints one string, of others a repeated flag."""
     inner = [argument for argument in get_args(annotation) if argument is not type(None)]
     if type(None) in get_args(annotation):
         annotation = inner[0]
     if get_origin(annotation) is tuple:
-        return str
-    return annotation
+        item = get_args(annotation)[0]
+        return str if item is int else list[item]  # type: ignore[valid-type]
+    return str if annotation is ByteSize else annotation
 
 
 def _add_command(name: str, settings: Any) -> None:
-    """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override."""
+    """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override. The
+    fields in POSITIONAL are given without a flag. A name of two words is a command of a group."""
 
     def run(**given: Any) -> None:
         debug, file, _ = given.pop("debug"), given.pop("config"), given.pop("local_rank")
-        flags = {key: value for key, value in given.items() if value is not None}
+        flags = {key: value for key, value in given.items() if value not in (None, [])}
         if isinstance(flags.get("aux_layers"), str):
             flags["aux_layers"] = tuple(flags["aux_layers"].replace(",", " ").split())
         raise typer.Exit(execute(name, settings, flags, file, debug))
@@ -54,13 +57,16 @@ def _add_command(name: str, settings: Any) -> None:
         elif field.default not in (None, False):
             help_text += f" (default: {field.default})"
         option = typer.Option(declaration, help=help_text, show_default=False)
+        if key in POSITIONAL:
+            option = typer.Argument(help=help_text, show_default=False)
         parameters.append(_parameter(key, Annotated[_flag_type(field.annotation) | None, option]))
     parameters.append(_parameter("config", Annotated[Path | None, typer.Option(help="settings as YAML")]))
     local_rank = typer.Option("--local_rank", hidden=True)  # given by deepspeed's launcher, which sets LOCAL_RANK too
     parameters.append(_parameter("local_rank", Annotated[int | None, local_rank]))
     parameters.append(_parameter("debug", Annotated[bool, typer.Option("--debug", help="show tracebacks")], False))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app.command(name, help=settings.__doc__)(run)
+    *group, own_name = name.split()
+    (GROUPS[group[0]] if group else app).command(own_name, help=settings.__doc__)(run)
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
@@ -73,9 +79,9 @@ def execute(
     """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2."""
     try:
         chosen = config.load(settings, given, file)
-        from specforge import pipeline
+        from specforge.pipeline import run
 
-        return int(getattr(pipeline, command.replace("-", "_"))(chosen) or 0)
+        return int(run(command, chosen) or 0)
     except SpecforgeError as error:
         return _fail(str(error), 2, debug)
     except OSError as error:
@@ -93,29 +99,50 @@ def fail(error: SpecforgeError) -> int:
     return _fail(str(error), 2, debug=False)
 
 
+def own_template(chat_template: str | None) -> str | None:
+    """For the historical commands, where a short name such as llama3 stood for the target's own template."""
+    return chat_template if chat_template and Path(chat_template).is_file() else None
+
+
 def world_size() -> int:
     """Ranks of this run as torchrun or deepspeed started it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
-    if is_main_rank():
-        console.print("[bold red]error[/] ", end="")
-        console.print(message, markup=False)
+    if _speaks():
+        show_error(message)
         if debug:
             console.print(traceback.format_exc(), markup=False)
     return code
 
 
+def _speaks() -> bool:
+    """Once the ranks are joined a fault may be that of one rank alone: then that one tells of it."""
+    if "specforge.launch" not in sys.modules:
+        return is_main_rank()
+    from specforge import launch
+
+    return launch.speaks()
+
+
 SETTINGS: dict[str, type[config.Settings]] = {
     "prepare-data": config.PrepareDataSettings,
     "regenerate": config.RegenerateSettings,
+    "plan": config.PlanSettings,
     "prepare-hidden": config.PrepareHiddenSettings,
     "train": config.TrainSettings,
     "benchmark": config.BenchmarkSettings,
+    "store verify": config.StoreVerifySettings,
+    "store info": config.StoreInfoSettings,
+    "store merge": config.StoreMergeSettings,
     "demo": config.DemoSettings,
     "doctor": config.DoctorSettings,
 }
+POSITIONAL = {"folder", "folders"}
+GROUPS = {"store": typer.Typer(help="Look after feature stores.", no_args_is_help=True)}
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
 for _name, _settings in SETTINGS.items():
     _add_command(_name, _settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from specforge.errors import ConfigError
 
@@ -34,48 +34,111 @@ class EngineSettings(Settings):
 class DataSettings(Settings):
     """How conversations become tokens and masks."""
 
-    max_length: int = Field(2048, ge=8, description="tokens; longer conversations are cut at the end")
-    chat_template: str | None = Field(None, description="a Jinja file (default: the target's own template)")
+    max_length: int = Field(2048, ge=8, description="most tokens of a conversation")
+    overlong: Literal["truncate-turn", "truncate", "drop"] = Field(
+        "truncate-turn", description="longer ones: cut behind the last whole turn that fits, cut anywhere, or drop"
+    )
+    train_on: Literal["all-turns", "last-turn"] = Field("all-turns", description="assistant turns to learn from")
+    chat_template: str | None = Field(
+        None, description="a Jinja file, or a short name such as llama3 (default: the target's own template)"
+    )
+    is_preformatted: bool = Field(False, description="rows hold {id, text} that already went through the template")
 
 
-class PrepareDataSettings(DataSettings):
+class VocabularySettings(Settings):
+    """What the draft can say."""
+
+    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
+
+
+class ReadSettings(Settings):
+    """How a feature store is read."""
+
+    verify: Literal["always", "first", "never"] = Field(
+        "first", description="compare a record's checksum: at each reading, at the first, or never"
+    )
+
+
+class PrepareDataSettings(DataSettings, VocabularySettings):
     """Conversations in, exact tokens and loss masks out, split into train and test."""
 
-    dataset: str = Field(..., description="a JSONL file of conversations")
+    dataset: tuple[str, ...] = Field(
+        ..., min_length=1, description="ultrachat, sharegpt, mix, a file, or a hub name; =WEIGHT behind it; repeatable"
+    )
     model_path: str | None = Field(
         None, description="the target, for its tokenizer and chat template; without it conversations stay text"
     )
-    output: Path = Field(Path("cache/dataset/prepared"), description="folder for train.jsonl and test.jsonl")
+    output: Path | None = Field(None, description="folder for train.jsonl and test.jsonl (default: cache/dataset/NAME)")
     test_share: float = Field(0.05, gt=0, lt=1, description="share of the prompts held out")
-    seed: int = Field(0, description="chooses the held-out prompts")
+    min_exchanges: int | None = Field(
+        None, ge=1, description="fewest assistant turns (default: 2 for ultrachat, sharegpt and mix, else 1)"
+    )
+    max_bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows in no known format that is put up with")
+    seed: int = Field(0, description="chooses the held-out prompts, and mixes several data sets")
+    workers: int | None = Field(None, ge=1, description="processes that tokenize (default: one a core, 16 at most)")
+    show_mask: int = Field(0, ge=0, description="show this many rows with the supervised tokens coloured, and stop")
+    html: Path | None = Field(None, description="with --show-mask: write them as a page instead")
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given
+
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer")
 
 
-class PrepareHiddenSettings(EngineSettings, DataSettings):
-    """The target's hidden states for every token, into a store."""
+class CaptureSettings(EngineSettings, DataSettings):
+    """What is captured, and by how many ranks."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
-    data: Path = Field(Path("cache/dataset/prepared"), description="a prepared folder, or a JSONL file")
-    output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
+    dp_size: int | None = Field(
+        None, ge=1, description="copies of the target that share the work (default: as many as there are GPUs for)"
+    )
+    data: Path = Field(Path("cache/dataset/mix"), description="a prepared folder, or a JSONL file")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
+    codec: Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"] = Field(
+        "auto", description="how states are stored; auto: bf16, or fp32 for a target that runs in fp32"
+    )
+
+
+class PrepareHiddenSettings(CaptureSettings):
+    """The target's hidden states for every token, into a store."""
+
+    output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
+    rank_timeout: float = Field(120, gt=0, description="seconds without progress after which a hung run is ended")
     shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
+    max_disk: ByteSize | None = Field(None, description="stop before the features take more, e.g. 500GB")
 
 
-class TrainSettings(EngineSettings, DataSettings):
+class DraftSettings(VocabularySettings):
+    """The draft's size, and how much of it is unrolled at once."""
+
+    draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
+    steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
+    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
+
+
+class PlanSettings(CaptureSettings, DraftSettings):
+    """What a capture will cost in disk, memory and hours; loads no weights and needs no GPU."""
+
+    online: bool = Field(False, description="plan for training with the live target: the draft's memory too")
+    tokens_per_second: float | None = Field(None, gt=0, description="rate of one copy of the target, for the hours")
+    rate_from: Path | None = Field(
+        None, description="a folder that prepare-hidden wrote: takes the rate measured there"
+    )
+
+
+class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
     features: Path | None = Field(None, description="folder that prepare-hidden wrote")
     online: bool = Field(False, description="capture from the live target while training; nothing goes to disk")
-    data: Path = Field(Path("cache/dataset/prepared"), description="with --online: a prepared folder or JSONL file")
+    data: Path = Field(Path("cache/dataset/mix"), description="with --online: a prepared folder or JSONL file")
     test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
     deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
-    draft_vocab_size: int = Field(32000, ge=1, description="most frequent supervised tokens that the draft can say")
-    draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
-    steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
     epochs: int = Field(10, ge=1)
-    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
     rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
@@ -86,7 +149,7 @@ class TrainSettings(EngineSettings, DataSettings):
     resume: bool = Field(True, description="go on from the newest checkpoint in the output folder")
 
 
-class BenchmarkSettings(EngineSettings, DataSettings):
+class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     """Acceptance length of a draft: teacher-forced on held-out text, and by real decoding."""
 
     model_path: str = Field(..., description="the target: a folder, or a hub name")
@@ -114,6 +177,25 @@ class RegenerateSettings(EngineSettings):
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this probability")
     seed: int = Field(0, ge=0, description="of the draws at a temperature above 0")
     resume: bool = Field(True, description="go on with an unfinished run of the same output")
+
+
+class StoreVerifySettings(Settings):
+    """Compare all checksums of a feature store."""
+
+    folder: Path = Field(..., description="a store, or the folder that prepare-hidden wrote")
+
+
+class StoreInfoSettings(Settings):
+    """What a feature store holds."""
+
+    folder: Path = Field(..., description="a store, or the folder that prepare-hidden wrote")
+
+
+class StoreMergeSettings(Settings):
+    """Several feature stores of the same target into one. Shards are hard-linked where the disk allows it."""
+
+    folders: tuple[Path, ...] = Field(..., min_length=2, description="stores, or folders that prepare-hidden wrote")
+    output: Path = Field(..., description="a new folder")
 
 
 class DemoSettings(Settings):

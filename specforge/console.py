@@ -27,6 +27,11 @@ def say(message: str) -> None:
         console.print(message)
 
 
+def show_error(message: str) -> None:
+    console.print("[bold red]error[/] ", end="")
+    console.print(message, markup=False)
+
+
 def quiet(log_file: Path) -> None:
     """Send what libraries print (file descriptors 1 and 2, so C++ too) to `log_file`; ours stays on the terminal."""
     log_file.parent.mkdir(parents=True, exist_ok=True)

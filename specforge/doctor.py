@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from specforge.config import DoctorSettings
 from specforge.console import console
 from specforge.files import memory_bytes
 from specforge.target.engine import sglang_problem
@@ -87,7 +88,7 @@ def _install(what: str) -> str:
     return f'pip install "{what}"' if torch.cuda.is_available() else "make env"
 
 
-def report() -> int:
+def run(settings: DoctorSettings) -> int:
     """Prints the table; 1 where the main job could not run."""
     table = Table("", "what", "found", "mend it with")
     fatal = False

@@ -31,6 +31,10 @@ class EngineError(SpecforgeError):
     """The target model cannot be loaded or run, or failed its self-check."""
 
 
+class OutOfMemoryError(EngineError):
+    """A pass of the target did not fit into memory. All ranks of the replica raise it together and can go on."""
+
+
 class StoreError(SpecforgeError):
     """A feature store that is damaged, or that belongs to something else."""
 

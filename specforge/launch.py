@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # its stubs leave them out
 
-from specforge.console import say
+from specforge.console import is_main_rank, say
 from specforge.errors import ConfigError
 from specforge.records import Ranks
 
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
+
+
+_board_address: tuple[str, int] | None = None  # one for each process, as torch.distributed has one world
+_board_server: TCPStore | None = None
 
 
 def device_count() -> int:
@@ -30,20 +37,23 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(tp_size: int, replicas: bool = True) -> int | None:
+def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None) -> int | None:
     """Run this very command as several ranks and return its exit code; None where this process is a rank already, or
-    the only one. With `replicas` one rank for each GPU, else (and on a CPU) `tp_size` ranks.
+    the only one. `dp_size` replicas of `tp_size` ranks; where it is not given, with `replicas` as many as there are
+    GPUs for, else (and on a CPU) one.
 
-    Raises ConfigError where the machine has fewer devices than a replica needs."""
+    Raises ConfigError where the machine has fewer devices than that."""
     if is_rank():
         return None
-    if tp_size > device_count():
+    least = tp_size * (dp_size or 1)
+    if least > device_count():
         raise ConfigError(
-            f"{tp_size} ranks need {tp_size} devices, this machine has {device_count()}",
-            where=f"--tp-size {tp_size}",
+            f"{least} ranks need {least} devices, this machine has {device_count()}",
+            where=f"--tp-size {tp_size}" + (f", --dp-size {dp_size}" if dp_size else ""),
             fix="lower it, or start the command with torchrun on several machines",
         )
-    count = device_count() // tp_size * tp_size if torch.cuda.is_available() and replicas else tp_size
+    every = torch.cuda.is_available() and replicas and dp_size is None
+    count = device_count() // tp_size * tp_size if every else least
     if count == 1:
         return None
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,10 +68,16 @@ def start_ranks(tp_size: int, replicas: bool = True) -> int | None:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if 2 not in codes.values():  # such a fault was explained by rank 0
-            ended = ", ".join(f"rank {rank} with code {code}" for rank, code in codes.items())
-            say(f"[bold red]error[/] {ended}; see specforge.log and specforge-rank*.log in the output folder")
+            ended = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in codes.items())
+            say(f"[bold red]error[/] ended: {ended}; see specforge.log and specforge-rank*.log in the output folder")
         return next((code for code in codes.values() if code > 0), 1)
     return 0
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"with code {code}"
+    return f"by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
 def _own_command() -> list[str]:
@@ -70,9 +86,15 @@ def _own_command() -> list[str]:
     return [*(["-m", "specforge.cli"] if script.name == "cli.py" else [str(script)]), *sys.argv[1:]]
 
 
-def join(tp_size: int) -> Ranks:
+def join(tp_size: int, dp_size: int | None = None) -> Ranks:
     """The process group of all ranks (one rank too: DeepSpeed and SGLang want one) and the replica of this one."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if dp_size and world != tp_size * dp_size:
+        raise ConfigError(
+            f"{world} ranks were started, {dp_size} replicas of {tp_size} are {tp_size * dp_size}",
+            where=f"--tp-size {tp_size}, --dp-size {dp_size}",
+            fix="leave --dp-size out: it follows from the number of ranks",
+        )
     if world % tp_size:
         raise ConfigError(
             f"{world} ranks are no multiple of the tensor-parallel size {tp_size}",
@@ -92,11 +114,60 @@ def join(tp_size: int) -> Ranks:
                 RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port())
             )
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    _open_board(device)
     group = None
     if world > tp_size:
         groups = [dist.new_group(list(range(first, first + tp_size))) for first in range(0, world, tp_size)]
         group = groups[rank // tp_size]
     return Ranks(rank=rank, world=world, tp_size=tp_size, device=device, tp_group=group)
+
+
+def _open_board(device: torch.device) -> None:
+    """Rank 0 serves a key-value store; the others learn its port."""
+    global _board_address, _board_server
+    host, port = os.environ["MASTER_ADDR"], torch.zeros(1, dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        _board_server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port.fill_(_board_server.port)
+    dist.broadcast(port, 0)
+    _board_address = host, int(port)
+
+
+def board(timeout: timedelta = TIMEOUT) -> Store:
+    """A connection of its own to the key-value store of this run: for what ranks tell each other outside of
+    collectives, which all of them would have to take part in. A call that gets no answer raises after `timeout`."""
+    assert _board_address, "join() comes first"
+    return TCPStore(*_board_address, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def speaks() -> bool:
+    """Whether this rank tells the user of the fault that ends it: the first one that has such a fault does."""
+    if not _board_address or not dist.is_initialized():
+        return is_main_rank()
+    try:
+        return board(timedelta(seconds=5)).add("faults", 1) == 1
+    except RuntimeError:  # rank 0, which serves the board, is gone: it has spoken or died
+        return False
+
+
+def claimed(count: int, ranks: Ranks, name: str) -> Iterator[int]:
+    """Numbers below `count`, ascending: each goes to one replica, the next to whichever is free first. The ranks of a
+    replica get the same. Every rank must iterate to the end; `name` must be new in this run."""
+    if ranks.replicas == 1:
+        yield from range(count)
+        return
+    store, turn = board(), 0
+    while True:
+        key = f"{name}/{ranks.replica}/{turn}"
+        if ranks.tp_rank == 0:
+            number = store.add(name, 1) - 1
+            store.set(key, str(number))
+        else:
+            number = int(store.get(key))
+        if number >= count:
+            return
+        yield number
+        turn += 1
 
 
 def _keep_freed_memory() -> None:

@@ -12,9 +12,9 @@ Legend of shape suffixes, used all over the project:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,29 @@ def _cpu() -> torch.device:
     return torch.device("cpu")
 
 
+MAX_EXAMPLES = 256  # examples in one pass of the target
+HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
+    """One turn. `content` is "" where the row holds none, as beside tool calls."""
+
     role: str
     content: str
+    reasoning: str | None = None  # what the assistant thought first, where the row keeps it apart
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"type": "function", "function": {"name", "arguments": {...}}}
+    tool_call_id: str | None = None  # of the call that a tool turn answers
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it, and as prepared files hold it; what is absent is left out."""
+        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            found["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            found["tool_calls"] = list(self.tool_calls)
+        return found | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +64,8 @@ class Conversation:
 
     id: str
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools that the assistant may call
+    source: str = ""  # the data set that it came from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +274,9 @@ class TargetEngine(Protocol):
     """The target model. Every rank of a tensor-parallel group makes the same calls in the same order.
 
     `capture` runs each example whole, unpadded and in one piece, and returns its records in the order given, on the
-    engine's device. `tokens_per_batch` bounds the sum of the lengths of one call.
+    engine's device. One call takes MAX_EXAMPLES examples and `tokens_per_batch` tokens at most (what was asked for, or
+    less where memory leaves a smaller KV cache). It raises OutOfMemoryError on all ranks of the replica where one of
+    them lacks memory; the engine can be used further.
     """
 
     name: str
@@ -262,6 +285,7 @@ class TargetEngine(Protocol):
     tokens_per_batch: int
     device: torch.device
     dtype: torch.dtype  # in which the target runs
+    serves_eagle3: bool  # whether SGLang can serve a draft for this target
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
 

@@ -10,23 +10,59 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+# Each with what makes it different: multipliers and scales that are 1 by default would hide a wrong one.
+FAMILIES: dict[str, tuple[type, type, dict[str, object]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 0.25},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "sliding_window": 48,
+            "query_pre_attn_scalar": 32,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 WORDS = "the a one two red blue cat dog house tree runs sees likes big small and then why how yes no maybe".split()
 
@@ -52,49 +88,55 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*more_special: str, **settings: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's special tokens and `more_special`; `settings` as eos_token, chat_template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_special]
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=397 + len(special),
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([sentence(random.Random(n), 20) for n in range(50)] + ["user assistant system"], trainer)
     bpe.add_special_tokens([AddedToken(text, special=True) for text in special])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
-    return fast
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML} | settings
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
 
 
 def make_target(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 0.1
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 0.1,
+    shard_size: str = "5GB",
+    **settings: object,
 ) -> Path:
     """A random model of 8 layers. With the default spread its greedy choices are far from ties; with the usual 0.02,
-    rounding grows as it does in trained models."""
+    rounding grows as it does in trained models. `settings` override the config."""
     own = tokenizer()
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        initializer_range=spread,
-        eos_token_id=own.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=own.pad_token_id,
-        **({"sliding_window": None} if family == "mistral" else {}),
-    )
+    config_class, model_class, special = FAMILIES[family]
+    usual = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "initializer_range": spread,
+        "eos_token_id": own.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": own.pad_token_id,
+    }
     torch.manual_seed(seed)
-    model_class(config).to(dtype).save_pretrained(folder)
+    model = model_class(config_class(**(usual | special | settings)))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     own.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,5 @@
-"""Which records share a packed row, and which rank trains on it: pure functions, the same on every rank."""
+"""Which records share a packed row or a pass of the target, and which rank trains on a row: pure functions, the same
+on every rank."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from specforge.records import MAX_EXAMPLES
+
 WINDOW = 256  # records among which the best fit is sought: more would pack the same company in every epoch
+CAPTURE_WINDOW = 2048  # the same for passes of the target, whose company does not matter. Part of the store's format:
+# a resume plans its batches anew, from the lengths and the manifest's tokens_per_batch
 
 Row = Sequence[int]  # record indices
 
@@ -21,18 +26,36 @@ def pack_rows(lengths: NDArray[np.int64], row_tokens: int, seed: int, epoch: int
     order = random.permutation(len(lengths))
     rows: list[list[int]] = []
     for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
-        first, room = len(rows), list[int]()
-        for record in window[np.argsort(-lengths[window], kind="stable")].tolist():
-            length = int(lengths[record])
-            place = next((at for at, free in enumerate(room) if free >= length), None)
-            if place is None:
-                rows.append([record])
-                room.append(row_tokens - length)
-            else:
-                rows[first + place].append(record)
-                room[place] -= length
+        rows += _first_fit(order[start : start + WINDOW], lengths, row_tokens, WINDOW)
     return [rows[at] for at in random.permutation(len(rows))]
+
+
+def in_batches(lengths: NDArray[np.int64], tokens_per_batch: int, max_records: int = MAX_EXAMPLES) -> list[list[int]]:
+    """Which records go through the target together: whole, unpadded, at most `tokens_per_batch` tokens and
+    `max_records` records a pass. A longer record has a pass of its own (callers refuse it before).
+
+    First-fit decreasing within windows of the data's order. So a window's largest pass is its first: memory that does
+    not suffice is known at once, and what is left for the slowest replica at the end is small."""
+    batches: list[list[int]] = []
+    for start in range(0, len(lengths), CAPTURE_WINDOW):
+        window = np.arange(start, min(start + CAPTURE_WINDOW, len(lengths)))
+        batches += _first_fit(window, lengths, tokens_per_batch, max_records)
+    return batches
+
+
+def _first_fit(window: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int, max_records: int) -> list[list[int]]:
+    """First-fit decreasing: longest first (of equals the earlier), each into the first group that has room."""
+    groups, room = list[list[int]](), list[int]()
+    for record in window[np.argsort(-lengths[window], kind="stable")].tolist():
+        length = int(lengths[record])
+        place = next((at for at, free in enumerate(room) if free >= length and len(groups[at]) < max_records), None)
+        if place is None:
+            groups.append([record])
+            room.append(tokens - length)
+        else:
+            groups[place].append(record)
+            room[place] -= length
+    return groups
 
 
 def share_out(rows: Sequence[Row], rows_per_step: int, world: int) -> list[list[list[Row]]]:
@@ -44,17 +67,3 @@ def share_out(rows: Sequence[Row], rows_per_step: int, world: int) -> list[list[
         chosen += [[]] * (-len(chosen) % rows_per_step)
         steps.append([chosen[at : at + world] for at in range(0, rows_per_step, world)])
     return steps
-
-
-def in_batches(lengths: Sequence[int], tokens_per_batch: int, max_records: int = 256) -> list[range]:
-    """Runs of consecutive records that fit into one forward pass of the target. A record longer than the budget is
-    refused before (its batch would not fit)."""
-    batches, start, tokens = [], 0, 0
-    for at, length in enumerate(lengths):
-        if at > start and (tokens + length > tokens_per_batch or at - start == max_records):
-            batches.append(range(start, at))
-            start, tokens = at, 0
-        tokens += length
-    if len(lengths) > start:
-        batches.append(range(start, len(lengths)))
-    return batches

@@ -8,20 +8,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from specforge.errors import OutOfMemoryError
 from specforge.features.packing import Row, in_batches
+from specforge.features.passes import Passes
 from specforge.features.store import Store
 from specforge.records import Example, FeatureBatch, FeatureRecord, Ranks, RecordSource, TargetEngine
 
 
 class StoreSource:
-    """RecordSource over a finished store: each rank reads its own rows only."""
+    """RecordSource over a finished store: each rank reads its own rows only, and decodes them on its device."""
 
-    def __init__(self, store: Store, tp_rank: int) -> None:
-        self.lengths, self._store, self._tp_rank = store.lengths, store, tp_rank
+    def __init__(self, store: Store, tp_rank: int, device: torch.device) -> None:
+        self.lengths, self._store, self._tp_rank, self._device = store.lengths, store, tp_rank, device
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         for slot in slots:
-            yield [self._store.record(index) for index in slot[self._tp_rank]]
+            yield [self._store.record(index, self._device) for index in slot[self._tp_rank]]
 
 
 class LiveSource:
@@ -30,17 +32,19 @@ class LiveSource:
     def __init__(self, engine: TargetEngine, examples: Sequence[Example], tp_rank: int) -> None:
         self.lengths: NDArray[np.int64] = np.array([len(example.token_ids) for example in examples], dtype=np.int64)
         self._engine, self._examples, self._tp_rank = engine, examples, tp_rank
+        self._passes = Passes(engine, examples)
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         for slot in slots:
             wanted = [index for row in slot for index in row]
-            lengths = [int(self.lengths[index]) for index in wanted]
+            lengths = self.lengths[wanted]
             mine = set(slot[self._tp_rank])
             captured: dict[int, FeatureRecord] = {}
             for batch in in_batches(lengths, self._engine.tokens_per_batch):
-                indices = [wanted[at] for at in batch]
-                records = self._engine.capture([self._examples[index] for index in indices])
-                captured.update((i, r) for i, r in zip(indices, records, strict=True) if i in mine)
+                for indices, records in self._passes.run([wanted[at] for at in batch]):
+                    if records is None:
+                        raise _too_large(self._examples[indices[0]])
+                    captured.update((i, r) for i, r in zip(indices, records, strict=True) if i in mine)
             yield [_kept(captured[index]) for index in slot[self._tp_rank]]
 
 
@@ -52,6 +56,14 @@ def held_out_batches(
     slots = [filled[at : at + ranks.world] for at in range(0, len(filled), ranks.world)]
     for records in source.batches([ranks.of_replica(slot) for slot in slots]):
         yield FeatureBatch.pack(records, ranks.device, dtype) if records else None
+
+
+def _too_large(example: Example) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"a conversation of {len(example.token_ids)} tokens does not fit into memory beside the draft",
+        where=f"sample {example.sample_id} of the data",
+        fix="lower --max-length, raise --tp-size, or give the target more or less of the memory with --mem-frac",
+    )
 
 
 def _kept(record: FeatureRecord) -> FeatureRecord:

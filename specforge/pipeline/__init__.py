@@ -1,50 +1,27 @@
 """One short function a command: the only place where sibling folders meet. Each returns its exit code (None is 0).
 
-Each command imports what it needs and no more: one that asks a server or looks around starts without torch."""
+Each command's module is imported when it is asked for: some commands need no torch."""
 
 from __future__ import annotations
 
-from specforge import config
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {  # name -> module and function
+    "prepare-data": "specforge.pipeline.data:prepare_data",
+    "regenerate": "specforge.pipeline.regeneration:regenerate",
+    "plan": "specforge.pipeline.planning:plan",
+    "prepare-hidden": "specforge.pipeline.capture:prepare_hidden",
+    "store verify": "specforge.pipeline.stores:store_verify",
+    "store info": "specforge.pipeline.stores:store_info",
+    "store merge": "specforge.pipeline.stores:store_merge",
+    "train": "specforge.pipeline.training:train",
+    "benchmark": "specforge.pipeline.proof:benchmark",
+    "demo": "specforge.demo:run",
+    "doctor": "specforge.doctor:run",
+}
 
 
-def prepare_data(settings: config.PrepareDataSettings) -> int | None:
-    from specforge.pipeline import data
-
-    return data.prepare_data(settings)
-
-
-def regenerate(settings: config.RegenerateSettings) -> int | None:
-    from specforge.pipeline import regeneration
-
-    return regeneration.regenerate(settings)
-
-
-def prepare_hidden(settings: config.PrepareHiddenSettings) -> int | None:
-    from specforge.pipeline import capture
-
-    return capture.prepare_hidden(settings)
-
-
-def train(settings: config.TrainSettings) -> int | None:
-    from specforge.pipeline import training
-
-    return training.train(settings)
-
-
-def benchmark(settings: config.BenchmarkSettings) -> int | None:
-    from specforge.pipeline import proof
-
-    return proof.benchmark(settings)
-
-
-def demo(settings: config.DemoSettings) -> int | None:
-    from specforge import demo as demonstration
-
-    demonstration.run(settings)
-    return None
-
-
-def doctor(settings: config.DoctorSettings) -> int | None:
-    from specforge import doctor as doctoring
-
-    return doctoring.report()
+def run(command: str, settings: Any) -> int | None:
+    module, function = COMMANDS[command].split(":")
+    return getattr(import_module(module), function)(settings)

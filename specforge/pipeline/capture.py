@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from specforge import launch
-from specforge.config import (
-    PrepareHiddenSettings,
-)
-from specforge.console import advance, is_main_rank, progress, say
+from specforge.alignment import teacher_rows
+from specforge.config import PrepareHiddenSettings
+from specforge.console import advance, is_main_rank, progress, say, show_error
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
+from specforge.errors import ConfigError, EngineError, SpecforgeError, StoreError
+from specforge.features import aside
 from specforge.features.codec import codec_for
+from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
 from specforge.features.packing import in_batches
-from specforge.features.store import Manifest, Store, StoreWriter, check_space, committed_ids, existing
+from specforge.features.passes import Passes
+from specforge.features.shard import record_bytes
+from specforge.features.store import Store
+from specforge.features.writer import StoreWriter, fitting
+from specforge.pipeline.planning import write_rate
 from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
-from specforge.records import Example, Ranks, TargetEngine
+from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
+from specforge.watch import Watch
+
+Splits = dict[str, list[Example]]
+
+MOST_NOT_FINITE = 0.001  # of a split's records; more is a fault of the target, not of a record
 
 
 def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
@@ -26,77 +44,192 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     engines.check_tp(info, settings.tp_size, settings.engine)
     layers = engines.aux_layers_of(settings, info)
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, settings.num_samples)
+    splits = prepared.load_splits(settings.data, tokenizer, settings, settings.num_samples)
     check_lengths(splits, settings.tokens_per_batch)
-    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
-    manifests = {
-        name: Manifest(
-            target=settings.model_path,
-            target_fingerprint=info.fingerprint,
-            tokenizer_hash=tokenizer.fingerprint,
-            template_hash=tokenizer.template_fingerprint,
-            aux_layers=layers,
-            data_hash=prepared.data_hash(examples),
-            max_length=settings.max_length,
-            codec=codec_for(dtype),
-            hidden_size=info.hidden_size,
-            num_records=len(examples),
-            tokens_per_batch=settings.tokens_per_batch,
-            engine=engines.choose(settings.engine),
-        )
-        for name, examples in splits.items()
-    }
+    manifests = {name: _manifest(settings, info, layers, tokenizer, found) for name, found in splits.items()}
     if not launch.is_rank():  # the parent checks before it starts ranks, and before a model is loaded
-        refuse_foreign(settings.output, *splits)
-        tokens = 0
-        for name, examples in splits.items():
-            existing(settings.output / name, manifests[name])
-            done = committed_ids(settings.output / name)
-            tokens += sum(len(example.token_ids) for example in examples if example.sample_id not in done)
-        check_space(settings.output, tokens * info.hidden_size * 4 * (4 if dtype == torch.float32 else 2))
-        code = launch.start_ranks(settings.tp_size)
+        _check_output(settings, splits, manifests)
+        code = launch.start_ranks(settings.tp_size, dp_size=settings.dp_size)
         if code is not None:
             return code
-    ranks = launch.join(settings.tp_size)
+    ranks = launch.join(settings.tp_size, settings.dp_size)
     planned = [found.tokens_per_batch for n in splits if (found := existing(settings.output / n, manifests[n]))]
     most = max([settings.tokens_per_batch, *planned])  # a store that is gone on with keeps its batches
-    settings = settings.model_copy(update={"tokens_per_batch": most})
-    engine = start_engine(settings, info, ranks, settings.output)
-    for name, examples in splits.items():
-        _capture_split(engine, examples, manifests[name], settings, name, ranks)
+    engine = start_engine(settings.model_copy(update={"tokens_per_batch": most}), info, ranks, settings.output)
+    room = _room(engine, ranks)
+    _check_room(room, splits, planned)
+    budget = min(settings.tokens_per_batch, room)
+    board = launch.board(timedelta(seconds=settings.rank_timeout))
+    began, tokens = time.monotonic(), 0
+    with Watch((ranks.rank, ranks.world), board, settings.rank_timeout, _tell) as watch:
+        for name, examples in splits.items():
+            manifest = replace(manifests[name], tokens_per_batch=budget)
+            tokens += _capture_split(engine, examples, manifest, settings, name, ranks, watch)
     if is_main_rank():
-        size = sum(Store(settings.output / name).bytes() for name in splits)
-        say(f"features: {size / 1e6:,.0f} MB in {settings.output}")
-        say(f"next: specforge train --features {settings.output} --model-path {settings.model_path}")
+        if tokens:
+            rate = tokens / (time.monotonic() - began) / ranks.replicas
+            write_rate(settings.output, info, rate, settings.tp_size, ranks.device)
+        _say_result(settings, splits)
     leave(ranks)
     return None
 
 
+def _manifest(
+    settings: PrepareHiddenSettings,
+    info: TargetInfo,
+    layers: tuple[int, ...],
+    tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+) -> Manifest:
+    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
+    return Manifest(
+        target=settings.model_path,
+        target_fingerprint=info.fingerprint,
+        tokenizer_hash=tokenizer.fingerprint,
+        template_hash=tokenizer.template_fingerprint,
+        aux_layers=layers,
+        data_hash=prepared.data_hash(examples),
+        max_length=settings.max_length,
+        codec=codec_for(settings.codec, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=info.hidden_size,
+        num_records=len(examples),
+        tokens_per_batch=settings.tokens_per_batch,
+        engine=engines.choose(settings.engine),
+    )
+
+
+def _check_output(settings: PrepareHiddenSettings, splits: Splits, manifests: dict[str, Manifest]) -> None:
+    refuse_foreign(settings.output, *splits)
+    needed = 0
+    for name, examples in splits.items():
+        existing(settings.output / name, manifests[name])
+        refuse_busy(settings.output / name)
+        done = committed_ids(settings.output / name)
+        needed += sum(_bytes(manifests[name], example) for example in examples if example.sample_id not in done)
+    check_space(settings.output, min(needed, settings.max_disk or needed))
+
+
+def _bytes(manifest: Manifest, example: Example) -> int:
+    teachers = len(teacher_rows(example.loss_mask))
+    return record_bytes(manifest.codec, manifest.hidden_size, len(example.token_ids), teachers)
+
+
+def _room(engine: TargetEngine, ranks: Ranks) -> int:
+    """Tokens of one pass that every replica's KV cache holds: the batches must be the same on all of them."""
+    room = torch.tensor(engine.tokens_per_batch, device=ranks.device)
+    dist.all_reduce(room, dist.ReduceOp.MIN)
+    return int(room)
+
+
+def _check_room(room: int, splits: Splits, planned: Sequence[int]) -> None:
+    fix = "raise --mem-frac or --tp-size, or lower --max-length"
+    longest = max(len(example.token_ids) for examples in splits.values() for example in examples)
+    if longest > room:
+        raise ConfigError(
+            f"the longest conversation has {longest} tokens, the memory left for the KV cache holds {room}",
+            where="--mem-frac, --max-length",
+            fix=fix,
+        )
+    if planned and max(planned) > room:
+        raise ConfigError(
+            f"the store was begun with passes of {max(planned)} tokens, the memory left for the KV cache holds {room}",
+            where="manifest.json of the store, 'tokens_per_batch'",
+            fix=f"{fix}; or choose another --output",
+        )
+
+
+def _tell(error: SpecforgeError) -> None:
+    if launch.speaks():
+        show_error(str(error))
+
+
 def _capture_split(
     engine: TargetEngine,
-    examples: list[Example],
+    examples: Sequence[Example],
     manifest: Manifest,
     settings: PrepareHiddenSettings,
     name: str,
     ranks: Ranks,
-) -> None:
-    """The planned batches go round the replicas; each rank of one writes every tp-th record of its batches."""
-    folder = settings.output / name
+    watch: Watch,
+) -> int:
+    """Each planned batch goes to the replica that is free first; each rank of it writes every tp-th of the records.
+    Returns the tokens captured, by all replicas."""
+    folder, shard_bytes = settings.output / name, settings.shard_mb << 20
+    if ranks.rank > 0:
+        dist.barrier()  # writer 0 comes first
+    writer = StoreWriter(folder, manifest, ranks.rank, shard_bytes)
     if ranks.rank == 0:
-        StoreWriter(folder, manifest)
-    dist.barrier()
-    writer = StoreWriter(folder, manifest, ranks.rank, settings.shard_mb << 20)
+        dist.barrier()
+    _check_finite_share(writer)
+    held = sum(held_bytes(store) for store in settings.output.iterdir() if store.is_dir())
+    finished = writer.committed | aside.reasons(folder).keys()
     dist.barrier()  # all ranks have read the same index before any of them adds to it
-    lengths = [len(example.token_ids) for example in examples]
-    batches = in_batches(lengths, writer.manifest.tokens_per_batch)[ranks.replica :: ranks.replicas]
-    todo = [b for b in batches if not all(examples[at].sample_id in writer.committed for at in b)]
+    lengths = np.array([len(example.token_ids) for example in examples])
+    batches = in_batches(lengths, writer.manifest.tokens_per_batch)
+    todo = [batch for batch in batches if not all(examples[at].sample_id in finished for at in batch)]
     if len(todo) < len(batches):
         say(f"{name}: going on, {len(batches) - len(todo)} of {len(batches)} batches are in the store")
-    with progress(f"capturing {name}", sum(lengths[at] for batch in todo for at in batch), "tokens") as bar:
-        for batch in todo:
-            records = engine.capture([examples[at] for at in batch])
-            for record in records[ranks.tp_rank :: ranks.tp_size]:
-                writer.add(record)
-            advance(bar, sum(lengths[at] for at in batch))
-    writer.close()
+    fit = len(todo)
+    if settings.max_disk is not None:
+        sizes = [sum(_bytes(manifest, examples[at]) for at in batch) for batch in todo]
+        fit = fitting(sizes, settings.max_disk - held, ranks.world, shard_bytes)
+    until = np.cumsum([0, *(int(lengths[batch].sum()) for batch in todo[:fit])])
+    passes, shown = Passes(engine, examples), 0
+    with writer, progress(f"capturing {name}", int(until[-1]), "tokens") as bar:
+        for number in launch.claimed(fit, ranks, f"capture/{name}"):
+            for part, records in passes.run(todo[number]):
+                for at in range(ranks.tp_rank, len(part), ranks.tp_size):
+                    keep(writer, examples[part[at]], records[at] if records else None)
+                watch.beat()
+            advance(bar, int(until[number + 1]) - shown)  # all before it is done, or in work on another replica
+            shown = int(until[number + 1])
+        advance(bar, int(until[-1]) - shown)
     dist.barrier()
+    if fit < len(todo):
+        raise StoreError(
+            f"stopped at the limit of the disk: {len(batches) - len(todo) + fit} of {len(batches)} batches of {name} "
+            "are in the store",
+            where=f"--max-disk {settings.max_disk}",
+            fix="raise it: the same command then goes on",
+        )
+    return int(until[-1])
+
+
+def keep(writer: StoreWriter, example: Example, record: FeatureRecord | None) -> None:
+    """Into the store, or set aside where there is no record or one that would poison the training."""
+    if record is not None and finite(record):
+        writer.add(record)
+    elif example.sample_id not in aside.reasons(writer.folder):
+        reason = aside.TOO_LARGE if record is None else aside.NOT_FINITE
+        aside.set_aside(writer.folder, example.sample_id, reason)
+        _check_finite_share(writer)
+
+
+def finite(record: FeatureRecord) -> bool:
+    """One reading pass: a sum that an infinite or NaN term entered is not finite (finite states never sum to fp32's
+    largest)."""
+    states = (record.aux, record.last, record.teacher_lse)
+    return bool(torch.isfinite(torch.stack([tensor.sum(dtype=torch.float32) for tensor in states])).all())
+
+
+def _check_finite_share(writer: StoreWriter) -> None:
+    found = list(aside.reasons(writer.folder).values()).count(aside.NOT_FINITE)
+    if found > MOST_NOT_FINITE * writer.manifest.num_records:
+        raise EngineError(
+            f"the target's states are not finite for {found} of {writer.manifest.num_records} records",
+            where=f"{writer.folder / aside.SET_ASIDE} lists their sample ids",
+            fix="try another --dtype (float16 overflows where bfloat16 does not) with another --output; "
+            "to try the same again remove that file",
+        )
+
+
+def _say_result(settings: PrepareHiddenSettings, splits: Splits) -> None:
+    size = 0
+    for name in splits:
+        folder = settings.output / name
+        size += Store(folder).bytes()
+        for reason, count in Counter(aside.reasons(folder).values()).items():
+            say(f"{name}: {count} records set aside ({reason}), listed in {folder / aside.SET_ASIDE}")
+    say(f"features: {size / 1e6:,.0f} MB in {settings.output}")
+    say(f"next: specforge train --features {settings.output} --model-path {settings.model_path}")

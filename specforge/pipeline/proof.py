@@ -46,7 +46,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         )
     engines.check_tp(info, settings.tp_size, settings.engine)
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
-    store = Store(settings.features / "test") if settings.features else None
+    store = Store(settings.features / "test", settings.verify) if settings.features else None
     if store:
         check_target(store, info)
         if store.manifest.aux_layers != config.aux_layers:
@@ -113,10 +113,11 @@ def _held_out(
     """(features of the held-out split, its prompts), from the store or captured live."""
     if store is not None:
         records = (store.record(index) for index in range(len(store)))
-        return StoreSource(store, ranks.tp_rank), [_prompt(r.token_ids.numpy(), r.loss_mask.numpy()) for r in records]
+        prompts = [_prompt(record.token_ids.numpy(), record.loss_mask.numpy()) for record in records]
+        return StoreSource(store, ranks.tp_rank, ranks.device), prompts
     assert settings.data is not None
     assert engine is not None
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length)
+    splits = prepared.load_splits(settings.data, tokenizer, settings)
     check_lengths(splits, settings.tokens_per_batch)
     examples = splits["test"]
     return LiveSource(engine, examples, ranks.tp_rank), [

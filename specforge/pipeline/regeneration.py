@@ -29,7 +29,10 @@ def regenerate(settings: RegenerateSettings) -> int | None:
     if report.dropped:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         say(f"of {report.rows:,} rows; dropped: {dropped}")
-    return _through_server(settings, asked) if settings.server else _in_process(settings, asked)
+    if settings.server:
+        _through_server(settings, asked)
+        return None
+    return _in_process(settings, asked)
 
 
 def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:

@@ -19,6 +19,11 @@ def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path
     console.quiet(log_folder / log_name())
     engine = engines.load(settings, info, ranks)
     say(f"target {info.path} in {engine.name}, {engine.dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
+    if not engine.serves_eagle3:
+        kind = info.config.get("model_type")
+        say(
+            f"[yellow]note[/] SGLang has no EAGLE-3 for {kind}: a draft can be trained for it, but not served by SGLang"
+        )
     return engine
 
 

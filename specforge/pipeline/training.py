@@ -52,7 +52,9 @@ def train(settings: TrainSettings) -> int | None:
             fix="give --features FOLDER (made by `specforge prepare-hidden`) or --online, not both",
         )
     refuse_foreign(settings.output, "run.json")
-    stores = {n: Store(settings.features / n) for n in ("train", "test")} if settings.features else None
+    stores = (
+        {n: Store(settings.features / n, settings.verify) for n in ("train", "test")} if settings.features else None
+    )
     model_path = settings.model_path or (stores["train"].manifest.target if stores else None)
     if model_path is None:
         raise ConfigError("the target is not named", where="--model-path", fix="give the target's folder or hub name")
@@ -82,14 +84,14 @@ def _train_from_store(
     counts_V = vocab.count_supervised(stores["train"].tokens_and_masks(), info.vocab_size)
     ranks = launch.join(1)
     console.quiet(settings.output / log_name())
-    sources: dict[str, RecordSource] = {name: StoreSource(store, 0) for name, store in stores.items()}
+    sources: dict[str, RecordSource] = {name: StoreSource(store, 0, ranks.device) for name, store in stores.items()}
     data_hash = stores["train"].manifest.data_hash
     return _train(settings, info, layers, data_hash, counts_V, tokenizer.special_ids(), sources, ranks)
 
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
     layers = engines.aux_layers_of(settings, info)
-    splits = prepared.load_splits(settings.data, tokenizer, settings.max_length, test=settings.test_data)
+    splits = prepared.load_splits(settings.data, tokenizer, settings, test=settings.test_data)
     check_lengths(splits, settings.tokens_per_batch)
     code = launch.start_ranks(settings.tp_size)
     if code is not None:

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError
+from specforge.errors import EngineError, OutOfMemoryError
 from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
+from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 
-REDEFINED = {"gemma3", "gemma3_text"}  # SGLang, which serves, defines their aux states differently
+# Where SGLang, which serves, hands on something else than a layer's output: the part of the layer whose output it is.
+# (Its Gemma 3 captures what a layer adds to the residual, without the residual.)
+REDEFINED = {"gemma3_text": "post_feedforward_layernorm"}
 
 
 class HfEngine:
@@ -33,22 +36,27 @@ class HfEngine:
         tokens_per_batch: int,
         trust_remote_code: bool = False,
     ) -> None:
-        if info.config.get("model_type") in REDEFINED:
-            raise EngineError(
-                "transformers' hidden states of this model are not those that servers feed to a draft",
-                where=f"the target's config.json, model_type {info.config['model_type']}",
-                fix="use --engine sglang",
-            )
         if ranks.tp_size > 1:
             raise EngineError(
                 "the transformers engine has no tensor parallelism", where="--tp-size", fix="use --engine sglang"
             )
         self.info, self.aux_layers, self.tokens_per_batch = info, aux_layers, tokens_per_batch
         self.device, self.dtype = ranks.device, dtype
+        self.serves_eagle3 = True  # not known here; SGLang's engine says where it cannot
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             info.path, dtype=dtype, trust_remote_code=trust_remote_code
         )
         self._model.to(self.device).eval()
+        self._redefined = dict[int, Tensor]()
+        part = REDEFINED.get(str(info.config.get("model_type")))
+        for number, layer in enumerate(self._model.get_decoder().layers if part else ()):
+            layer.get_submodule(part).register_forward_hook(self._keeper(number))
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: Any, args: Any, output: Tensor) -> None:
+            self._redefined[layer] = output
+
+        return keep
 
     @torch.no_grad()
     def _forward(self, ids: Sequence[int], cache: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,10 +68,25 @@ class HfEngine:
             output_hidden_states=True,
             logits_to_keep=rows,
         )
-        aux = torch.cat([out.hidden_states[layer + 1][0] for layer in self.aux_layers], dim=-1)
+        aux = torch.cat([self._redefined.get(k, out.hidden_states[k + 1])[0] for k in self.aux_layers], dim=-1)
         return aux, out.hidden_states[-1][0, rows], out.logits[0].float()
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
+        try:
+            return self._capture(examples)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = str(error).splitlines()[0]
+        if self.device.type == "cuda":  # out of the handler, whose error holds the frames and so the tensors
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"a pass of the target does not fit into memory: {failure}",
+            where=self.info.path,
+            fix="lower --max-length, or use --engine sglang with --tp-size",
+        )
+
+    def _capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
         records = []
         for example in examples:
             rows = torch.from_numpy(teacher_rows(example.loss_mask)).to(self.device)

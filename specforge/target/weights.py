@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from specforge.errors import ConfigError, EngineError
 from specforge.records import TargetHead, TargetInfo
 
+LEAST_LAYERS = 4  # three of layers 0 .. N-2
 SAMPLED_BYTES = 64  # at the start, middle and end of each tensor
 VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
 
@@ -73,25 +75,33 @@ def describe(model_path: str, trust_remote_code: bool = False) -> TargetInfo:
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers that servers take where a draft names none: one low, one middle, one high."""
+    """The layers that servers take where a draft names none: one low, one middle, one high. In a target of 4 to 6
+    layers these are not three, so the first, the middle and the last of those that can be captured (0 .. N-2)."""
     layers = (1, num_layers // 2 - 1, num_layers - 4)
-    if not 1 < layers[1] < layers[2]:
+    if 1 < layers[1] < layers[2]:
+        return layers
+    if num_layers < LEAST_LAYERS:
         raise ConfigError(
-            f"a target of {num_layers} layers has no three default aux layers",
+            f"a target of {num_layers} layers has no three aux layers: the last layer's output is not one of them",
             where="the target's config.json, 'num_hidden_layers'",
-            fix="name three ascending layer ids with --aux-layers",
+            fix=f"choose a target of at least {LEAST_LAYERS} layers",
         )
-    return layers
+    return (0, (num_layers - 2) // 2, num_layers - 2)
 
 
 def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> None:
     """Servers capture layers 0 .. N-2, ascending, each once; anything else would be fed wrong without a word."""
+    default = default_aux_layers(num_layers)
     if len(layers) != 3 or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= num_layers - 2:
         raise ConfigError(
-            f"the aux layers {' '.join(map(str, layers))} are not three ascending ids in 0 .. {num_layers - 2}",
+            f"the aux layers {spaced(layers)} are not three ascending ids in 0 .. {num_layers - 2}",
             where="--aux-layers",
-            fix="leave it out for the default, or name three ascending ids",
+            fix=f"leave it out for the default ({spaced(default)}), or name three ascending ids",
         )
+
+
+def spaced(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -140,6 +150,17 @@ def fingerprint(folder: Path) -> str:
                 parts.append((name, entry["dtype"], tuple(entry["shape"]), xxhash.xxh3_64_hexdigest(content)))
     digest.update(repr(sorted(parts)).encode())
     return digest.hexdigest()
+
+
+def loaded_bytes(info: TargetInfo, dtype: torch.dtype) -> int:
+    """Of all tensors as they lie in memory, from the files' headers: floating point in `dtype`, quantised as stored."""
+    total = 0
+    for _, _, header in _headers(Path(info.path)):
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            floating = entry["dtype"] in ("F32", "F16", "BF16")
+            total += math.prod(entry["shape"]) * dtype.itemsize if floating else end - begin
+    return total
 
 
 def load_head(info: TargetInfo, dtype: torch.dtype) -> TargetHead:

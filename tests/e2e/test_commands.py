@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specforge.features.store import Store, read_index
+from specforge.features.index import read_index
+from specforge.features.store import Store
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

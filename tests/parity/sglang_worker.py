@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from specforge import launch
 from specforge.alignment import teacher_rows
 from specforge.config import EngineSettings
-from specforge.records import Example
+from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine
@@ -34,7 +35,10 @@ def examples(vocab_size: int, seed: int) -> list[Example]:
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())
+    """Relative to the scale of what is wanted."""
+    found = float((got.float() - want.float()).norm() / want.float().norm())
+    assert math.isfinite(found)  # max() would pass over NaN
+    return found
 
 
 def main() -> None:
@@ -44,20 +48,36 @@ def main() -> None:
     parser.add_argument("--deepspeed", action="store_true")
     options = parser.parse_args()
     ranks = launch.join(options.tp_size)
-    info = weights.describe(options.target)
+    engine, asked, result = compare(Path(options.target), ranks)
+    if options.deepspeed:
+        result["losses"] = train_over_all_ranks(engine, asked, ranks, Path(options.target))
+    gathered: list[object] = [None] * ranks.world
+    dist.all_gather_object(gathered, result)
+    if ranks.rank == 0:
+        print(json.dumps(gathered), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], dict[str, object]]:
+    """The engine, the examples, and how far its states and teacher columns are from transformers'."""
+    info = weights.describe(str(target))
     layers = weights.default_aux_layers(info.num_layers)
-    settings = EngineSettings(engine="sglang", tp_size=options.tp_size, tokens_per_batch=1024)
+    settings = EngineSettings(engine="sglang", tp_size=ranks.tp_size, tokens_per_batch=1024)
     engine = engines.load(settings, info, ranks)  # with its self-check
     alone = type(ranks)(rank=0, world=1)
     oracle = HfEngine(info, layers, alone, dtype=info.dtype, tokens_per_batch=1024)
+    head = weights.load_head(info, info.dtype)
     asked = examples(info.vocab_size, seed=ranks.replica)  # replicas see different data
-    worst = {"aux": 0.0, "last": 0.0, "lse": 0.0}
+    worst = {"aux": 0.0, "last": 0.0, "lse": 0.0, "head_lse": 0.0}
     same_top1 = total = 0
     for one, two in zip(engine.capture(asked), oracle.capture(asked), strict=True):
         assert len(one.last) == len(teacher_rows(one.loss_mask.numpy()))
         worst["aux"] = max(worst["aux"], error(one.aux, two.aux))
         worst["last"] = max(worst["last"], error(one.last, two.last))
         worst["lse"] = max(worst["lse"], error(one.teacher_lse, two.teacher_lse))
+        logits = head.logits(one.last)  # over the whole vocabulary, as training recomputes it over the draft's
+        worst["head_lse"] = max(worst["head_lse"], error(logits.logsumexp(-1), one.teacher_lse))
         same_top1 += int((one.teacher_top1 == two.teacher_top1).sum())
         total += len(one.teacher_top1)
     aux, right = engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux
@@ -67,16 +87,9 @@ def main() -> None:
         "top1": same_top1 / total,
         "shifted_token": error(aux[1:], right[:-1]),
         "shifted_layer": error(aux, oracle.capture(asked)[2].aux),
-        "losses": [],
+        "serves_eagle3": engine.serves_eagle3,
     }
-    if options.deepspeed:
-        result["losses"] = train_over_all_ranks(engine, asked, ranks, Path(options.target))
-    gathered: list[object] = [None] * ranks.world
-    dist.all_gather_object(gathered, result)
-    if ranks.rank == 0:
-        print(json.dumps(gathered), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    return engine, asked, result
 
 
 def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:

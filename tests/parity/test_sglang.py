@@ -1,8 +1,10 @@
-"""SGLang embedded in our processes against transformers: tiny random targets in bf16, tensor parallel 1 and 2, and two
-replicas of 2 with a draft trained by DeepSpeed over all four ranks. One subprocess a rank, gloo, free ports.
+"""SGLang embedded in our processes against transformers: tiny random targets of every family that we show, tensor
+parallel 1 and 2, and two replicas of 2 with a draft trained by DeepSpeed over all four ranks. Gloo, free ports.
 
-Bound 1.5 %: bf16 rounding over 8 layers gives 0.5 to 1.1 %; a state of the next layer or the next token is
-10 % and more apart (the shifted comparisons in each run)."""
+Bounds, relative to the scale of the states. fp32 1e-5: on one rank both run the same kernels and agree to the last bit,
+two ranks sum in another order (1e-6). bf16 1.5 %: rounding over 8 layers gives 0.5 to 1.1 %; 3 % where each block's
+output is normed before it is added (OLMo-2 1.7 %, Gemma 3 2.3 %: the norm enlarges small outputs with their rounding).
+A state of the next layer or the next token is 10 % and more apart (the shifted comparisons in each run)."""
 
 from __future__ import annotations
 
@@ -15,9 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import make_target
+from tests.tiny import FAMILIES, make_target
 
 BOUND = 0.015
+POST_NORM_BOUND = 0.03
+POST_NORM = {"olmo2", "gemma3"}
+FP32_BOUND = 1e-5
+BY_HOOKS = {"olmo2", "granite"}  # SGLang itself cannot capture, so not serve either
+FAMILIES_WORKER = Path(__file__).with_name("families_worker.py")
 JUDGE = Path(__file__).with_name("judge_worker.py")
 WORKER = Path(__file__).with_name("sglang_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -26,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("targets")
-    return {f: make_target(folder / f, f, torch.bfloat16, spread=0.02) for f in ("llama", "qwen3", "mistral")}
+    return {f: make_target(folder / f, f, torch.bfloat16, spread=0.02) for f in ("llama", "qwen3")}
 
 
 def run(arguments: list[str], ranks: int) -> list[dict]:
@@ -40,25 +47,83 @@ def run(arguments: list[str], ranks: int) -> list[dict]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('[{"aux"')))
 
 
-def check(results: list[dict]) -> None:
-    for result in results:
-        assert result["aux"] < BOUND
-        assert result["last"] < BOUND
-        assert result["lse"] < BOUND
-        assert result["top1"] > 0.95  # near-ties of random weights
-        assert result["shifted_token"] > 0.3
-        assert result["shifted_layer"] > 0.1
+def check(result: dict, bound: float = BOUND) -> None:
+    assert result["aux"] < bound
+    assert result["last"] < bound
+    assert result["lse"] < bound
+    assert result["head_lse"] < bound  # the files' head with its scale and soft cap: the engine's own logits
+    assert result["top1"] > (0.9 if bound > FP32_BOUND else 0.999)  # near-ties of random weights
+    assert result["shifted_token"] > 0.1
+    assert result["shifted_layer"] > 0.1
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_states_equal_transformers(targets, family, tp_size):
-    check(run([str(targets[family]), "--tp-size", str(tp_size)], ranks=tp_size))
+def bf16_bound(family: str) -> float:
+    return POST_NORM_BOUND if family in POST_NORM else BOUND
+
+
+def compared(targets: dict[str, Path], tp_size: int) -> dict[str, dict]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(FAMILIES_WORKER), str(tp_size), *map(str, targets.values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"target"')]
+    return {result["target"]: result for result in results}
+
+
+@pytest.fixture(scope="module")
+def every_family(tmp_path_factory) -> dict[str, Path]:
+    """Each family in both dtypes, and a Llama whose weights lie in several files, and one with a tied head."""
+    folder = tmp_path_factory.mktemp("families")
+    found = {}
+    for family in FAMILIES:
+        tied = {"tie_word_embeddings": True} if family == "gemma3" else {}  # as all of them are
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"{family}-{str(dtype).removeprefix('torch.')}"
+            found[name] = make_target(folder / name, family, dtype, spread=0.02, **tied)
+    bf16 = {"dtype": torch.bfloat16, "spread": 0.02}
+    found["sharded"] = make_target(folder / "sharded", shard_size="300KB", **bf16)
+    assert len(list(found["sharded"].glob("*.safetensors"))) > 3
+    found["tied"] = make_target(folder / "tied", tie_word_embeddings=True, **bf16)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(every_family) -> dict[str, dict]:
+    return compared(every_family, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(every_family) -> dict[str, dict]:
+    wanted = {f"{family}-float32" for family in FAMILIES} | {"llama-bfloat16"}
+    return compared({name: path for name, path in every_family.items() if name in wanted}, 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_equal_transformers(one_rank, family, dtype):
+    result = one_rank[f"{family}-{dtype}"]
+    check(result, bf16_bound(family) if dtype == "bfloat16" else FP32_BOUND)
+    assert result["serves_eagle3"] == (family not in BY_HOOKS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_equal_transformers_with_two_ranks(two_ranks, family):
+    check(two_ranks[f"{family}-float32"], FP32_BOUND)
+
+
+def test_states_equal_transformers_with_two_ranks_in_bf16(two_ranks):
+    check(two_ranks["llama-bfloat16"])
+
+
+@pytest.mark.parametrize("kind", ["sharded", "tied"])
+def test_weights_in_other_files(one_rank, kind):
+    check(one_rank[kind])
 
 
 def test_two_replicas_of_two_with_deepspeed_over_all_ranks(targets):
     results = run([str(targets["llama"]), "--tp-size", "2", "--deepspeed"], ranks=4)
-    check(results)
+    for result in results:
+        check(result)
     losses = results[0]["losses"]
     assert all(result["losses"] == losses for result in results)  # one optimizer over the four
     assert losses[-1] < losses[0] - 0.1  # the floor, the entropy of a random target, is 0.12 below

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from specforge.config import DataSettings
 from specforge.data.formats import ReadReport, read_conversations, read_rows, to_conversation, to_row
 from specforge.data.prepared import data_hash, load_examples, load_splits
 from specforge.data.tokenize import ChatTokenizer
@@ -39,9 +40,10 @@ def test_a_broken_line_costs_one_row_and_is_named(tmp_path, bad):
     rows[500] = bad
     report = ReadReport()
     found = list(read_rows(write(tmp_path / "rows.jsonl", rows), report))
-    assert [row["id"] for row in found] == [f"row-{n}" for n in range(1000) if n != 500]
-    assert report.broken_lines == [501]
-    assert report.dropped == {"broken line": 1}
+    assert [row["id"] for _, row in found] == [f"row-{n}" for n in range(1000) if n != 500]
+    [[reason, rows]] = report.dropped.items()
+    assert (reason.split(":")[0], rows, report.bad) == ("broken line", 1, 1)
+    assert report.where[reason] == ["rows.jsonl:501"]
     assert report.rows == 1000
 
 
@@ -57,8 +59,8 @@ def test_one_percent_is_the_bound(tmp_path):
             continue
         with pytest.raises(DataError) as refused:
             list(reading)
-        assert "11 of 1000" in refused.value.what
-        assert f"{tmp_path}/11.jsonl, line 8, 98, 188" in refused.value.where
+        assert "11 of 1,000" in refused.value.what
+        assert f"{tmp_path}/11.jsonl, first at 11.jsonl:8, 11.jsonl:98, 11.jsonl:188" in refused.value.where
 
 
 def test_empty_lines_are_nothing_and_the_last_line_may_lack_its_end(tmp_path):
@@ -72,9 +74,10 @@ def test_characters_that_end_a_line_elsewhere_do_not_end_one_here(tmp_path):
     """U+2028 and U+0085 stand in JSON strings as they are."""
     row = {"id": "a\u2028b\u0085c\x0bd", "conversations": []}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert list(read_rows(tmp_path / "rows.jsonl", ReadReport())) == [row]
+    assert list(read_rows(tmp_path / "rows.jsonl", ReadReport())) == [(1, row)]
 
 
+RULES = DataSettings(max_length=512)
 GOOD = {"role": "assistant", "content": "two"}
 
 
@@ -111,7 +114,7 @@ def test_a_row_that_is_no_conversation_gives_a_reason(tmp_path, chat, row):
         json.dumps(to_row(conversation), ensure_ascii=False).encode()
     assert len(kept) == 120
     assert sum(report.dropped.values()) == 1
-    assert len(load_examples(tmp_path / "rows.jsonl", chat, 512)) == 120
+    assert len(load_examples(tmp_path / "rows.jsonl", chat, RULES)) == 120
 
 
 def test_a_conversation_and_its_row_are_the_same():
@@ -157,7 +160,7 @@ def token_row(**other):
 )
 def test_a_row_of_tokens_that_is_none_is_dropped(tmp_path, chat, row):
     path = write(tmp_path / "rows.jsonl", [json.dumps(token_row()).encode(), json.dumps(row).encode()])
-    examples = load_examples(path, chat, 512)
+    examples = load_examples(path, chat, RULES)
     assert [example.token_ids.tolist() for example in examples] == [[5, 6, 7, 8]]
     assert examples[0].loss_mask.tolist() == [False, False, True, True]
 
@@ -166,10 +169,11 @@ def test_the_three_kinds_of_rows_give_the_same_example(tmp_path, chat):
     [row] = tiny.conversations(1)
     example = chat.example(to_conversation(row, ""), 0, 512)
     tokens = {"input_ids": example.token_ids.tolist(), "loss_mask": example.loss_mask.astype(int).tolist()}
-    text = {"text": chat.render(row["conversations"])}
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row, tokens, text])
-    found = load_examples(path, chat, 512)
-    assert [other.sample_id for other in found] == [0, 1, 2]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row, tokens])
+    found = load_examples(path, chat, RULES)
+    assert [other.sample_id for other in found] == [0, 1]
+    texts = tiny.write_jsonl(tmp_path / "texts.jsonl", [{"text": chat.render(row["conversations"])}])
+    found += load_examples(texts, chat, DataSettings(max_length=512, is_preformatted=True))
     for other in found:
         np.testing.assert_array_equal(other.token_ids, example.token_ids)
         np.testing.assert_array_equal(other.loss_mask, example.loss_mask)
@@ -177,25 +181,26 @@ def test_the_three_kinds_of_rows_give_the_same_example(tmp_path, chat):
 
 def test_a_single_file_holds_every_twentieth_out(tmp_path, chat):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(45))
-    whole, splits = load_examples(path, chat, 512), load_splits(path, chat, 512)
+    whole, splits = load_examples(path, chat, RULES), load_splits(path, chat, RULES)
     assert data_hash(splits["test"]) == data_hash([whole[19], whole[39]])
     assert data_hash(splits["train"]) == data_hash([e for at, e in enumerate(whole) if at not in (19, 39)])
 
 
 def test_samples_of_a_split_are_numbered_each_once(tmp_path, chat):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(45))
-    for examples in load_splits(path, chat, 512).values():
+    for examples in load_splits(path, chat, RULES).values():
         ids = [example.sample_id for example in examples]
         assert ids == sorted(set(ids))
 
 
 def test_the_data_hash_sees_order_tokens_masks_and_edges(tmp_path, chat):
-    examples = load_examples(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4)), chat, 512)
+    examples = load_examples(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4)), chat, RULES)
     first = data_hash(examples)
     assert data_hash(examples) == first
     assert data_hash(examples[::-1]) != first
     assert data_hash(examples[:3]) != first
-    shorter = load_examples(tmp_path / "rows.jsonl", chat, len(examples[0].token_ids) - 1)
+    rules = DataSettings(max_length=len(examples[0].token_ids) - 1, overlong="truncate")
+    shorter = load_examples(tmp_path / "rows.jsonl", chat, rules)
     assert data_hash(shorter) != first
     examples[0].loss_mask[0] = ~examples[0].loss_mask[0]
     assert data_hash(examples) != first

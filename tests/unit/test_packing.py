@@ -1,15 +1,13 @@
-"""Packed rows, their sharing-out over ranks, and the capture's batches."""
+"""Packed rows, and their sharing-out over ranks."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specforge.features.packing import WINDOW, in_batches, pack_rows, share_out
+from specforge.features.packing import WINDOW, pack_rows, share_out
 
 lengths_of = st.lists(st.integers(1, 60), max_size=60).map(lambda found: np.array(found, dtype=np.int64))
 checked = settings(max_examples=50, deadline=None)
@@ -102,15 +100,3 @@ def test_every_number_of_ranks_trains_on_the_same_rows_in_the_same_order(count, 
     ]
     assert per_world[0] == per_world[1] == per_world[2]
     assert rows == [[2 * n, 2 * n + 1] for n in range(count)]  # the argument is left as it was
-
-
-@given(lengths_of, st.integers(60, 200), st.integers(1, 20))
-@checked
-def test_batches_cover_all_records_in_order_within_the_budget(lengths, budget, most):
-    batches = in_batches(lengths.tolist(), budget, most)
-    assert [at for batch in batches for at in batch] == list(range(len(lengths)))
-    for batch in batches:
-        assert 1 <= len(batch) <= most
-        assert lengths[list(batch)].sum() <= budget
-    for batch, following in pairwise(batches):  # a batch ends only where the next did not fit
-        assert len(batch) == most or lengths[list(batch)].sum() + lengths[following.start] > budget

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge.data import vocab
-from specforge.data.split import prompt_key, split, without_exact_duplicates, without_leaks
+from specforge.data.formats import Text, Tokens
+from specforge.data.split import HeldOutIndex, content_hash, held_out, prompt_hash, prompt_key, shingles
 from specforge.records import Conversation, Message
 
 WORDS = [f"word{n}" for n in range(500)]
@@ -34,6 +35,17 @@ def corpus(count, seed=0, prompts=None):
     return [conversation(source.choice(prompts), text(source, 30), id=str(n)) for n in range(count)]
 
 
+def split(rows, share, seed):
+    test_n = held_out(np.array([prompt_hash(row, seed) for row in rows], dtype=np.uint64), share)
+    sides = ([row for row, side in zip(rows, test_n, strict=True) if side == wanted] for wanted in (False, True))
+    return tuple(sides)
+
+
+def without_leaks(train, test):
+    index = HeldOutIndex.of(shingles(row) for row in test)
+    return [row for row in train if not index.leaks(shingles(row))]
+
+
 # Duplicates
 
 
@@ -49,7 +61,20 @@ def test_exact_duplicates_go_and_the_first_of_each_stays_in_order():
         conversation("", "ab", id="8"),
         conversation("a", "b", id="9", first="system"),
     ]
-    assert [row.id for row in without_exact_duplicates(rows)] == ["1", "2", "5", "6", "7", "8", "9"]
+    seen = {}
+    for row in rows:
+        seen.setdefault(content_hash(row), row.id)
+    assert list(seen.values()) == ["1", "2", "5", "6", "7", "8", "9"]
+
+
+def test_rows_of_tokens_and_of_formatted_text_are_told_apart_by_all_that_they_hold():
+    ids, mask = np.array([1, 2, 3], dtype=np.int32), np.array([False, True, True])
+    tokens = Tokens(id="t", token_ids=ids, loss_mask=mask)
+    assert content_hash(tokens) == content_hash(Tokens(id="u", token_ids=ids.copy(), loss_mask=mask.copy()))
+    assert content_hash(tokens) != content_hash(Tokens(id="t", token_ids=ids, loss_mask=~mask))
+    assert prompt_key(tokens) == "1"
+    assert content_hash(Text(id="a", text="x\n")) == content_hash(Text(id="b", text="x"))
+    assert prompt_key(Text(id="a", text="Say: hi!")) == "say hi"
 
 
 # Split
@@ -139,6 +164,15 @@ def test_what_only_shares_phrases_stays():
     train = [conversation("please tell me in one sentence " + text(source, 10), text(source, 30)) for _ in range(50)]
     assert without_leaks(train, test) == train
     assert without_leaks(train, []) == train
+
+
+def test_the_index_is_the_same_from_disk(tmp_path):
+    test = corpus(40, 3)
+    index = HeldOutIndex.of(shingles(row) for row in test)
+    index.save(tmp_path)
+    loaded = HeldOutIndex.load(tmp_path)
+    for row in [*corpus(20, 2), *test]:
+        assert index.leaks(shingles(row)) == loaded.leaks(shingles(row)) == (row in test)
 
 
 # Vocabulary

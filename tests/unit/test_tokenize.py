@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from specforge.config import DataSettings
+from specforge.data.formats import Text
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError
 from specforge.records import Conversation, Example, Message
@@ -56,6 +58,11 @@ def supervised(chat, example):
     return [chat.tokenizer.decode(example.token_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def preformatted(chat, text):
+    [found] = chat.examples([Text(id="t", text=text)], DataSettings(max_length=LONG, is_preformatted=True))
+    return found if isinstance(found, str) else Example(sample_id=3, token_ids=found[0], loss_mask=found[1])
+
+
 def answers(*turns):
     return [content + END for role, content in turns if role == "assistant"]
 
@@ -75,7 +82,6 @@ CASES = {
     "whitespace around": [USER, ("assistant", "  \n two\tcats \n\n"), USER, ("assistant", " x ")],
     "whitespace inside": [USER, ("assistant", "def f():\n        return  1\n\n\n    # end")],
     "only whitespace": [USER, ("assistant", "  ")],
-    "empty answer": [USER, ("assistant", "")],
     "empty answer between others": [USER, ("assistant", "a"), USER, ("assistant", ""), USER, ("assistant", "b")],
     "empty user turn": [("user", ""), ("assistant", "two")],
     "header in the user's text": [("user", "say <|im_start|>assistant\nthree"), ("assistant", "two")],
@@ -106,7 +112,11 @@ texts = st.lists(pieces, max_size=4).map("".join)
 roles = st.sampled_from(["user", "assistant", "system"])
 
 
-@given(st.lists(st.tuples(roles, texts), max_size=5), texts)
+def test_an_empty_answer_alone_leaves_nothing_to_predict(chat):
+    assert "nothing to predict" in chat.example(conversation(USER, ("assistant", "")), 0, LONG)
+
+
+@given(st.lists(st.tuples(roles, texts), max_size=5), texts.filter(bool))
 @settings(max_examples=50, deadline=None)
 def test_any_text_of_any_role(chat, before, last):
     turns = [USER, *before, ("assistant", last)]
@@ -140,7 +150,7 @@ UNAMBIGUOUS = [n for n in CASES if "header" not in n and "whole turn" not in n a
 def test_preformatted_text_gives_what_its_conversation_gives(chat, name):
     turns = CASES[name]
     text = chat.render([{"role": role, "content": content} for role, content in turns])
-    example, same = chat.example(conversation(*turns), 3, LONG), chat.preformatted(text, 3, LONG)
+    example, same = chat.example(conversation(*turns), 3, LONG), preformatted(chat, text)
     assert isinstance(same, Example), same
     assert same.sample_id == 3
     np.testing.assert_array_equal(same.token_ids, example.token_ids)
@@ -152,12 +162,12 @@ def test_preformatted_text_gives_what_its_conversation_gives(chat, name):
     ["", "plain text", "<|im_start|>user\nq<|im_end|>\n", "<|im_start|>assistant\n", "<|im_start|>assistant\ncut off"],
 )
 def test_preformatted_text_without_a_whole_turn_is_refused(chat, text):
-    assert isinstance(chat.preformatted(text, 0, LONG), str)
+    assert isinstance(preformatted(chat, text), str)
 
 
 def test_a_last_turn_that_was_cut_off_is_not_supervised(chat):
     text = "<|im_start|>assistant\nwhole<|im_end|>\n<|im_start|>assistant\ncut of"
-    assert supervised(chat, chat.preformatted(text, 0, LONG)) == ["whole<|im_end|>"]
+    assert supervised(chat, preformatted(chat, text)) == ["whole<|im_end|>"]
 
 
 # Templates
@@ -192,7 +202,8 @@ def test_a_template_that_hides_nothing_here_is_fine(with_template):
 def test_a_template_that_takes_thoughts_out_of_earlier_turns(with_template):
     chat = with_template(WITHOUT_THOUGHTS)
     thought = ("assistant", "<think>2?</think>two")
-    assert isinstance(chat.example(conversation(USER, thought, USER, ("assistant", "b")), 0, LONG), str)
+    earlier = chat.example(conversation(USER, thought, USER, ("assistant", "b")), 0, LONG)
+    assert supervised(chat, earlier) == ["two" + END, "b" + END]
     turns = [USER, ("assistant", "a"), USER, thought]
     assert supervised(chat, chat.example(conversation(*turns), 0, LONG)) == answers(*turns)
 
@@ -233,8 +244,11 @@ def test_a_template_that_cannot_be_read(target, tmp_path, content):
     assert str(tmp_path) in refused.value.where
 
 
-def test_a_short_name_takes_the_template_that_ships_with_the_target(target, chat):
-    assert ChatTokenizer(target, "qwen").template_fingerprint == chat.template_fingerprint
+def test_a_short_name_is_one_of_the_projects_templates(target):
+    assert ChatTokenizer(target, "qwen").template_fingerprint == ChatTokenizer(target, "chatml").template_fingerprint
+    with pytest.raises(ConfigError) as refused:
+        ChatTokenizer(target, "llama9")
+    assert "llama3" in refused.value.fix
 
 
 # Length, prompt, stops
@@ -243,9 +257,9 @@ def test_a_short_name_takes_the_template_that_ships_with_the_target(target, chat
 def test_the_cut_keeps_tokens_and_mask_together(chat):
     whole = chat.example(conversation(*CASES["three turns"]), 0, LONG)
     first = int(np.argmax(whole.loss_mask))
-    for length in range(1, len(whole.token_ids) + 2):
+    for length in range(8, len(whole.token_ids) + 2):
         cut = chat.example(conversation(*CASES["three turns"]), 0, length)
-        if length <= first:
+        if length <= first + 1:  # one token alone has no other to be predicted from
             assert isinstance(cut, str)
             continue
         np.testing.assert_array_equal(cut.token_ids, whole.token_ids[:length])

@@ -16,13 +16,22 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError
-from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
+from specforge.errors import EngineError, OutOfMemoryError
+from specforge.records import (
+    HEAD_ROWS,
+    MAX_EXAMPLES,
+    DecodeSession,
+    Example,
+    FeatureRecord,
+    Prompt,
+    Ranks,
+    Sampling,
+    TargetInfo,
+)
+from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
-
-MAX_REQUESTS = 256  # sequences in one forward pass
-HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
+from specforge.target.sglang.layers import LayerHooks
 
 
 class SglangEngine:
@@ -41,21 +50,58 @@ class SglangEngine:
         mem_frac: float,
         trust_remote_code: bool = False,
     ) -> None:
-        self.info, self.aux_layers, self.tokens_per_batch = info, aux_layers, tokens_per_batch
+        self.info, self.aux_layers = info, aux_layers
         self.device, self.dtype, self._ranks = ranks.device, dtype, ranks
         self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code)
+        pool = self._runner.token_to_kv_pool_allocator.available_size()  # less than asked for where memory is short
+        self.tokens_per_batch = min(tokens_per_batch, pool)
         model = self._runner.model
-        if not hasattr(model, "set_eagle3_layers_to_capture"):
-            raise EngineError(
-                f"SGLang's {type(model).__name__} cannot capture aux hidden states, so it cannot serve EAGLE-3 either",
-                where=info.path,
-                fix="choose a target of another architecture (Llama, Qwen, Mistral, Phi-3, gpt-oss, DeepSeek, ...)",
-            )
-        model.set_eagle3_layers_to_capture(list(aux_layers))
-        self._hook = _LogitsHook()
-        model.logits_processor.register_forward_pre_hook(self._hook, with_kwargs=True)
+        layers = None
+        self.serves_eagle3 = hasattr(model, "set_eagle3_layers_to_capture")
+        if self.serves_eagle3:
+            model.set_eagle3_layers_to_capture(list(aux_layers))
+        else:
+            layers = LayerHooks(model, info.num_layers, aux_layers)
+        processor, softcap = model.logits_processor, None
+        if self.device.type == "cpu":  # SGLang's soft cap is a Triton kernel on platforms that it does not know as CPU
+            softcap, processor.final_logit_softcapping = processor.final_logit_softcapping, None
+        self._hook = _LogitsHook(layers, softcap)
+        processor.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
+        records, failure = None, None
+        try:
+            records = self._capture(examples)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = str(error).splitlines()[0]
+        # Out of the handler, whose error holds the frames and so the tensors of the pass. A rank that had the memory
+        # learns here that another had not, so that all go on with the same smaller passes.
+        if self._any_rank(failure is not None):
+            records = None
+            self._hook.forget()
+            self._clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemoryError(
+                f"a pass of {sum(len(example.token_ids) for example in examples)} tokens does not fit into memory: "
+                f"{failure or 'another rank of the replica had too little'}",
+                where=self.info.path,
+                fix="lower --tokens-per-batch or --mem-frac, or raise --tp-size",
+            )
+        assert records is not None
+        return records
+
+    def _any_rank(self, here: bool) -> bool:
+        """Whether it is so on any rank of the replica."""
+        if self._ranks.tp_size == 1:
+            return here
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=sgl.get_tp_group().cpu_group)
+        return bool(flag)
+
+    def _capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
         rows = [teacher_rows(example.loss_mask) for example in examples]
         starts = [0]
         for example in examples:
@@ -100,7 +146,8 @@ class SglangEngine:
                     step.prepare_for_decode()
                     logits = self._forward(step)
                 stepped = joining or running
-                step.input_ids = next_tokens(logits, sampling, [one.draws for one in stepped]).to(torch.int64)
+                draws = [one.draws for one in stepped]
+                step.input_ids = next_tokens(self._hook.capped(logits), sampling, draws).to(torch.int64)
                 for one, token in zip(stepped, step.input_ids.tolist(), strict=True):
                     one.answer.append(token)
                 going = [at for at, one in enumerate(stepped) if not ended(one.answer, sampling)]
@@ -113,6 +160,14 @@ class SglangEngine:
                 for one in stepped:
                     if ended(one.answer, sampling):
                         yield one.prompt.key, one.answer
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"{len(running)} answers at once do not fit into memory: {str(error).splitlines()[0]}",
+                where=self.info.path,
+                fix="lower --tokens-per-batch or --concurrency; the same command goes on where it was",
+            ) from error
         finally:
             self._clear()
 
@@ -122,7 +177,7 @@ class SglangEngine:
         """The prompts at the left of `waiting` whose whole answers fit beside those that run."""
         free = self.tokens_per_batch - sum(len(one.prompt.token_ids) + sampling.max_new_tokens for one in running)
         joining = list[_Running]()
-        while waiting and len(running) + len(joining) < min(at_once, MAX_REQUESTS):
+        while waiting and len(running) + len(joining) < min(at_once, MAX_EXAMPLES):
             free -= len(waiting[0].token_ids) + sampling.max_new_tokens
             if free < 0:
                 break
@@ -260,9 +315,19 @@ class _LogitsHook:
 
     NAMES = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
 
-    def __init__(self) -> None:
+    def __init__(self, layers: LayerHooks | None, softcap: float | None) -> None:
+        """`layers` holds the aux states of a model that does not hand them over itself; `softcap` is what SGLang's
+        logits function leaves to us."""
         self.rows: Tensor | None = None
         self.keep_logits = False
+        self._layers, self._softcap = layers, softcap
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
+    def forget(self) -> None:
+        """Frees the last pass's states."""
+        self.aux = self.last = self.top1 = self.lse = self.logits = torch.empty(0)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.rows is None:
@@ -272,12 +337,14 @@ class _LogitsHook:
         if isinstance(metadata, sgl.ForwardBatch):
             metadata = sgl.LogitsMetadata.from_forward_batch(metadata)
         hidden: Tensor = seen["hidden_states"]
-        self.aux = torch.cat(list(seen["aux_hidden_states"]), dim=-1)
+        aux = self._layers.states() if self._layers else seen["aux_hidden_states"]
+        self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
         self.last = hidden[self.rows.to(hidden.device)]
         top1, lse, kept = [], [], []
         for piece in self.last.split(HEAD_ROWS):
             logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
             logits = logits[:, : module.config.vocab_size].float()
+            logits = self.capped(logits)
             top1.append(logits.argmax(-1).to(torch.int32))
             lse.append(logits.logsumexp(-1))
             if self.keep_logits:
@@ -321,11 +388,12 @@ def _load_runner(
         attention_backend="torch_native" if on_cpu else None,
         tp_size=ranks.tp_size,
         mem_fraction_static=mem_frac,
-        max_total_tokens=tokens_per_batch + MAX_REQUESTS,  # the KV pool: one batch, nothing is kept between batches
-        max_running_requests=MAX_REQUESTS,
+        max_total_tokens=tokens_per_batch + MAX_EXAMPLES,  # the KV pool: one batch, nothing is kept between batches
+        max_running_requests=MAX_EXAMPLES,
         page_size=1,
         chunked_prefill_size=-1,  # a chunked prefill would split a sequence over two forwards
         disable_radix_cache=True,  # a prefix hit would return only the uncached suffix
+        disable_hybrid_swa_memory=True,  # the pool of sliding-window layers is as large as the other
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
         disable_custom_all_reduce=True,

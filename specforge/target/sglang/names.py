@@ -2,6 +2,7 @@
 
 from sglang.benchmark import one_batch
 from sglang.benchmark.one_batch import TreeCacheNamespace
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -22,6 +23,7 @@ __all__ = [
     "SpeculativeAlgorithm",
     "TreeCacheNamespace",
     "get_schedule",
+    "get_tp_group",
     "one_batch",
     "publish",
     "spawn_world_rank",

@@ -1,0 +1,34 @@
+"""Records that could not be captured: listed in the store's folder, so that they do not count as missing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+SET_ASIDE = "set-aside.jsonl"  # a line for each: {"sample_id": 7, "reason": "out of memory"}
+TOO_LARGE, NOT_FINITE = "out of memory", "states are not finite"
+
+
+def set_aside(folder: Path, sample_id: int, reason: str) -> None:
+    """Writers of several ranks may call it at once. What a kill left of a line is closed by the next."""
+    with (folder / SET_ASIDE).open("ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        gap = b"" if content.endswith(b"\n") or not content else b"\n"
+        file.write(gap + json.dumps({"sample_id": sample_id, "reason": reason}).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def reasons(folder: Path) -> dict[int, str]:
+    """{sample id: reason}. Where the user removes the file, a resume tries its records again."""
+    path, found = folder / SET_ASIDE, dict[int, str]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            found[int(entry["sample_id"])] = str(entry["reason"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a part of a line: its record was never set aside, and is tried again
+    return found

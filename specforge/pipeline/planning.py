@@ -1,0 +1,221 @@
+"""What a capture will cost, before any GPU hour: from the data, the target's config and the headers of its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from specforge.alignment import teacher_rows
+from specforge.config import PlanSettings
+from specforge.console import console, say
+from specforge.data import prepared
+from specforge.data.tokenize import ChatTokenizer
+from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.errors import ConfigError
+from specforge.features.codec import CODECS, codec_for
+from specforge.features.shard import record_bytes
+from specforge.files import write_json
+from specforge.pipeline.shared import check_lengths
+from specforge.records import HEAD_ROWS, MAX_EXAMPLES, Example, TargetInfo
+from specforge.target import engine as engines
+from specforge.target import weights
+
+BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "B"))
+RATE_FILE = "capture.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A line of the plan: a number of a unit, and where it comes from."""
+
+    what: str
+    value: float
+    unit: str
+    why: str
+
+
+def plan(settings: PlanSettings) -> int | None:
+    info = weights.describe(settings.model_path, settings.trust_remote_code)
+    engines.check_tp(info, settings.tp_size, settings.engine)
+    tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
+    splits = prepared.load_splits(settings.data, tokenizer, settings, settings.num_samples)
+    check_lengths(splits, settings.tokens_per_batch)
+    examples = [example for found in splits.values() for example in found]
+    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
+    wanted = codec_for(settings.codec, dtype)
+    lines = [
+        *data_figures(examples, splits),
+        *disk_figures(examples, info, wanted),
+        *memory_figures(settings, info, dtype),
+        *hour_figures(settings, info, sum(len(example.token_ids) for example in examples)),
+    ]
+    table = Table("what", "figure", "why", title=f"{settings.model_path}, {settings.data}", title_justify="left")
+    for line in lines:
+        table.add_row(line.what, _shown(line), line.why)
+    console.print(table)
+    following = "train --online" if settings.online else "prepare-hidden"
+    say(f"next: specforge {following} --model-path {settings.model_path} --data {settings.data}")
+    return None
+
+
+def data_figures(examples: list[Example], splits: dict[str, list[Example]]) -> list[Figure]:
+    tokens = sum(len(example.token_ids) for example in examples)
+    supervised = sum(int(example.loss_mask.sum()) for example in examples)
+    teachers = sum(len(teacher_rows(example.loss_mask)) for example in examples)
+    return [
+        Figure("samples", len(examples), "", ", ".join(f"{len(found):,} {name}" for name, found in splits.items())),
+        Figure("tokens", tokens, "", f"longest sample: {max(len(e.token_ids) for e in examples):,}; no padding"),
+        Figure("supervised share", 100 * supervised / tokens, "%", f"{supervised:,} tokens that the assistant says"),
+        Figure("teacher rows", teachers, "", "tokens whose last hidden state is kept (specforge/alignment.py)"),
+    ]
+
+
+def disk_figures(examples: list[Example], info: TargetInfo, wanted: str) -> list[Figure]:
+    """Bytes on disk for each codec: 3H values a token, H a teacher row, 5 bytes a token for ids and mask, 8 a teacher
+    row for argmax and logsumexp, 200 a record at most for indexes (docs/formats.md)."""
+    tokens = sum(len(example.token_ids) for example in examples)
+    lines = []
+    for codec in CODECS:
+        if "zstd" in codec:
+            continue  # its gain depends on the states
+        size = sum(
+            record_bytes(codec, info.hidden_size, len(example.token_ids), len(teacher_rows(example.loss_mask)))
+            for example in examples
+        )
+        why = f"{size / tokens:,.0f} bytes a token at hidden size {info.hidden_size:,}"
+        lines.append(
+            Figure(f"disk, {codec}", size, "B", why + (", what this capture writes" if codec == wanted else ""))
+        )
+    return lines
+
+
+def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype) -> list[Figure]:
+    """GPU memory of one rank. Each figure names its formula; activations are estimates, the rest is exact but for what
+    the allocator rounds up."""
+    config: dict[str, Any] = info.config
+    tp, width, hidden = settings.tp_size, dtype.itemsize, info.hidden_size
+    tokens = settings.tokens_per_batch
+    intermediate = int(config.get("intermediate_size") or 4 * hidden)
+    lines = [
+        Figure("memory, weights", weights.loaded_bytes(info, dtype) / tp, "B", f"all tensors / tensor parallel {tp}"),
+        Figure(
+            "memory, KV cache",
+            (tokens + MAX_EXAMPLES) * cache_bytes_a_token(info, tp, width),
+            "B",
+            f"--tokens-per-batch {tokens:,} + {MAX_EXAMPLES}, one pass; less where --mem-frac leaves less",
+        ),
+        Figure(
+            "memory, captured states",
+            tokens * (2 * 3 + 1) * hidden * width,
+            "B",
+            "3 aux layers, as the engine hands them over and side by side, and the last hidden",
+        ),
+        Figure(
+            "memory, logits",
+            HEAD_ROWS * info.vocab_size * (width + 2 * 4),
+            "B",
+            f"{HEAD_ROWS} teacher rows at a time over the whole vocabulary, and in fp32",
+        ),
+        Figure(
+            "memory, activations",
+            tokens * (4 * hidden + 3 * intermediate / tp) * width,
+            "B",
+            "estimate: residual, norm, attention and gated MLP of one layer",
+        ),
+    ]
+    if settings.online:
+        lines += draft_figures(settings, info)
+    lines.append(Figure("memory of a rank", sum(line.value for line in lines), "B", "sum of the above"))
+    return lines
+
+
+def cache_bytes_a_token(info: TargetInfo, tp_size: int, width: int) -> float:
+    """Keys and values of all layers. Where ranks outnumber key/value heads, each holds one head. Multi-head latent
+    attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) keeps one latent and one rotary key, on every rank."""
+    config: dict[str, Any] = info.config
+    if config.get("kv_lora_rank"):
+        return info.num_layers * (int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])) * width
+    heads = int(config["num_attention_heads"])
+    kv_heads = max(1, int(config.get("num_key_value_heads") or heads) // tp_size)
+    head_dim = int(config.get("head_dim") or info.hidden_size // heads)
+    return info.num_layers * 2 * kv_heads * head_dim * width
+
+
+def draft_figures(settings: PlanSettings, info: TargetInfo) -> list[Figure]:
+    """The draft in bf16 under ZeRO-2: parameters on every rank; gradients (2 bytes), the fp32 copy and AdamW's two
+    moments (12 bytes) shared by all ranks (Rajbhandari et al., arXiv 1910.02054, section 5)."""
+    layers = engines.aux_layers_of(settings, info)
+    config = DraftConfig.for_target(info, layers, settings.draft_vocab_size, settings.draft_intermediate_size)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Eagle3Draft(config).parameters())
+    world = settings.tp_size * (settings.dp_size or 1)
+    rows, hidden = settings.steps * settings.row_tokens, info.hidden_size
+    return [
+        Figure("memory, draft", 2 * parameters, "B", f"{parameters / 1e6:,.1f} M parameters in bf16"),
+        Figure("memory, gradients", 2 * parameters / world, "B", f"bf16, ZeRO-2 shares them over {world} ranks"),
+        Figure("memory, optimizer", 12 * parameters / world, "B", f"fp32 copy and two moments, over {world} ranks"),
+        Figure(
+            "memory, embedding and head rows",
+            2 * hidden * (info.vocab_size + config.draft_vocab_size),
+            "B",
+            "the target's, frozen, in bf16",
+        ),
+        Figure(
+            "memory, unrolled draft",
+            2 * rows * (12 * hidden + 4 * config.intermediate_size),
+            "B",
+            f"estimate: what {settings.steps} steps over --row-tokens {settings.row_tokens:,} keep for the backward",
+        ),
+    ]
+
+
+def hour_figures(settings: PlanSettings, info: TargetInfo, tokens: int) -> list[Figure]:
+    copies = settings.dp_size or 1
+    rate, source = settings.tokens_per_second, "--tokens-per-second"
+    if settings.rate_from is not None:
+        rate, source = read_rate(settings.rate_from, info), f"measured in {settings.rate_from}"
+    if rate is None:
+        why = "not known: give --tokens-per-second, or --rate-from a folder that prepare-hidden wrote for this target"
+        return [Figure("hours", math.nan, "", why)]
+    why = f"{rate:,.0f} tokens/s ({source}) x {copies} " + ("copies" if copies > 1 else "copy") + " of the target"
+    return [Figure("hours", tokens / rate / copies / 3600, "h", why + ("; each epoch" if settings.online else ""))]
+
+
+def write_rate(output: Path, info: TargetInfo, rate: float, tp_size: int, device: torch.device) -> None:
+    """tokens/s of one copy of the target, writing included, for a later plan."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    content = {"tokens_per_second": rate, "tp_size": tp_size, "device": name, "target_fingerprint": info.fingerprint}
+    write_json(output / RATE_FILE, content)
+
+
+def read_rate(folder: Path, info: TargetInfo) -> float:
+    path = folder / RATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rate, fingerprint = float(content["tokens_per_second"]), content["target_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "there is no measured rate here",
+            where=str(path),
+            fix="give a folder of prepare-hidden, or --tokens-per-second",
+        ) from error
+    if fingerprint != info.fingerprint:
+        raise ConfigError(
+            "the rate was measured with another target", where=str(path), fix="give --tokens-per-second instead"
+        )
+    return rate
+
+
+def _shown(line: Figure) -> str:
+    if math.isnan(line.value):
+        return "?"
+    if line.unit == "B":
+        scale, unit = next((scale, unit) for scale, unit in BYTE_UNITS if line.value >= scale or scale == 1)
+        return f"{line.value / scale:,.1f} {unit}"
+    return f"{line.value:,.1f} {line.unit}" if line.unit else f"{line.value:,.0f}"
