@@ -73,7 +73,7 @@ class Dialogue:
     def answer(self, message: Message, tokens: int, special: Sequence[str] | None) -> None:
         """The target's answer to the turn asked. `special`: texts that a chat template would read as special tokens;
         None where they are not known."""
-        found = _special_text(message.content, special)
+        found = _special_text((message.reasoning or "") + message.content, special)
         if not message.content.strip():
             self.fail("failed", "the answer is empty")
         elif found is not None:
@@ -118,7 +118,7 @@ def _exchanges(conversation: Conversation) -> list[_Exchange]:
     for begin, end in pairwise(bounds):
         messages = conversation.messages[begin:end]
         kept = tuple(message for message in messages if message.role not in ("assistant", "tool"))
-        found.append(_Exchange(kept, any(message.role == "tool" for message in messages)))
+        found.append(_Exchange(kept, any(message.role == "tool" or message.tool_calls for message in messages)))
     return found
 
 
@@ -128,7 +128,7 @@ def seed_of(seed: int, index: int, turn: int) -> int:
 
 
 def special_texts(tokenizer: Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content]
 
 
 def read_special_texts(model_path: str) -> list[str]:
@@ -153,4 +153,4 @@ def _special_text(text: str, special: Sequence[str] | None) -> str | None:
     if special is None:
         found = LOOKS_SPECIAL.search(text)
         return found.group() if found else None
-    return next((token for token in special if token and token in text), None)
+    return next((token for token in special if token in text), None)

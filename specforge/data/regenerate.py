@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from jinja2 import TemplateError
 
 from specforge.data.dialogue import Dialogue, Outcome, seed_of, special_texts
-from specforge.data.formats import to_row
 from specforge.data.tokenize import ChatTokenizer
 from specforge.records import Message, Prompt, Sampling, TargetEngine
 
@@ -47,8 +46,14 @@ class Regenerator:
         if history is None:
             return False
         try:
-            text = self._tokenizer.render(to_row(history)["conversations"], open_turn=True)
-        except TemplateError as error:  # raised by the template itself, for roles in an order that it does not know
+            turns = [message.as_dict() for message in history.messages]
+            text = self._tokenizer.render(turns, history.tools, open_turn=True)
+        except (
+            TemplateError,
+            TypeError,
+            KeyError,
+            ValueError,
+        ) as error:  # by the template itself: order of roles, fields
             dialogue.fail("failed", f"the template refuses it: {str(error)[:80]}")
             return False
         ids = self._tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]

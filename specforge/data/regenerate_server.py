@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 
 from specforge.data.dialogue import Dialogue, Outcome, seed_of
-from specforge.data.formats import to_row
 from specforge.errors import EngineError
-from specforge.records import Message, Sampling
+from specforge.records import Conversation, Message, Sampling
 
 TRIES = 5  # of one request, where the connection or the server fails
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before the second try; doubled for each further one
@@ -80,19 +79,21 @@ class ServerRegenerator:
         for dialogue in todo:
             while (history := dialogue.asked()) is not None:
                 seed = seed_of(self._seed, dialogue.index, dialogue.turn)
-                response = await self._post(client, self._request(to_row(history)["conversations"], seed))
+                response = await self._post(client, self._request(history, seed))
                 self._read(dialogue, response)
             take(dialogue.outcome())
 
-    def _request(self, messages: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    def _request(self, history: Conversation, seed: int) -> dict[str, Any]:
         sampling = self._sampling
+        tools = {"tools": list(history.tools)} if history.tools else {}
         draws = {"seed": seed & 0x7FFFFFFF, "top_p": sampling.top_p} if sampling.temperature else {}
         return {
             "model": self._model,
-            "messages": messages,
+            "messages": [message.as_dict() for message in history.messages],
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "skip_special_tokens": False,  # those inside an answer must be seen; SGLang and vLLM know the key
+            **tools,
             **draws,
         }
 
@@ -146,7 +147,8 @@ class ServerRegenerator:
 
 def _answer(message: dict[str, Any]) -> Message:
     """What of a server's message becomes part of the conversation."""
-    return Message(role="assistant", content=str(message.get("content") or ""))
+    reasoning = message.get("reasoning_content")  # what the server's reasoning parser, if it has one, took out
+    return Message(role="assistant", content=str(message.get("content") or ""), reasoning=reasoning or None)
 
 
 def _wait(number: int, response: httpx.Response | None) -> float:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def test_a_turn_that_used_tools_is_not_answered():
     assert outcome.failure.turn == 2
     assert "tools" in outcome.failure.reason
     assert Dialogue(0, conversation("user: a", "assistant: call", "tool: 7", "assistant: 7")).asked() is None
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    unanswered = (Message(role="user", content="a"), Message(role="assistant", content="", tool_calls=(call,)))
+    assert Dialogue(0, Conversation(id="c", messages=unanswered)).asked() is None
+
+
+def test_what_else_a_conversation_holds_is_kept():
+    user = Message(role="user", content="a", name="Ann")
+    given = Conversation(id="c", messages=(user,), tools=({"name": "f"},), source="s")
+    dialogue = Dialogue(0, given)
+    assert dialogue.asked() == given
+    dialogue.answer(Message(role="assistant", content="b", reasoning="r"), 1, None)
+    answer = Message(role="assistant", content="b", reasoning="r")
+    assert dialogue.outcome().conversation == replace(given, messages=(user, answer))
 
 
 def test_special_tokens_are_noticed_by_their_look_where_no_tokenizer_is_given():
@@ -372,6 +386,15 @@ def test_a_server_is_asked_turn_by_turn(serve):
     }
 
 
+def test_reasoning_stays_apart_and_tools_are_offered(serve):
+    server = serve(lambda request, number: (200, completion("b", reasoning_content="so")))
+    given = Conversation(id="c", messages=(Message(role="user", content="a"),) * 2, tools=({"name": "f"},))
+    (found,) = ask(server, [given])
+    assert [message.reasoning for message in found.conversation.messages] == [None, "so", None, "so"]
+    assert server.requests[1]["tools"] == [{"name": "f"}]
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "b", "reasoning_content": "so"}
+
+
 def test_at_a_temperature_each_turn_has_its_own_seed(serve):
     server = serve(echo)
     given = [conversation("user: a", "user: b"), conversation("user: a")]
@@ -435,6 +458,7 @@ def test_a_server_that_always_fails_ends_the_run(serve):
         ((200, completion("so far", "length")), "truncated", "no end of turn within 8 tokens"),
         ((200, completion("a<|channel|>b")), "failed", "<|channel|>"),
         ((200, completion(None)), "failed", "empty"),
+        ((200, completion("b", reasoning_content="a<|channel|>")), "failed", "<|channel|>"),
         ((200, completion("call", tool_calls=[{"id": "1"}])), "failed", "called a tool"),
         ((200, completion("x", "content_filter")), "failed", "content_filter"),
         ((200, {"choices": []}), "failed", "the server failed"),

@@ -146,7 +146,8 @@ class SglangEngine:
                     step.prepare_for_decode()
                     logits = self._forward(step)
                 stepped = joining or running
-                step.input_ids = next_tokens(logits, sampling, [one.draws for one in stepped]).to(torch.int64)
+                draws = [one.draws for one in stepped]
+                step.input_ids = next_tokens(self._hook.capped(logits), sampling, draws).to(torch.int64)
                 for one, token in zip(stepped, step.input_ids.tolist(), strict=True):
                     one.answer.append(token)
                 going = [at for at, one in enumerate(stepped) if not ended(one.answer, sampling)]
@@ -159,6 +160,14 @@ class SglangEngine:
                 for one in stepped:
                     if ended(one.answer, sampling):
                         yield one.prompt.key, one.answer
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"{len(running)} answers at once do not fit into memory: {str(error).splitlines()[0]}",
+                where=self.info.path,
+                fix="lower --tokens-per-batch or --concurrency; the same command goes on where it was",
+            ) from error
         finally:
             self._clear()
 
@@ -313,6 +322,9 @@ class _LogitsHook:
         self.keep_logits = False
         self._layers, self._softcap = layers, softcap
 
+    def capped(self, logits: Tensor) -> Tensor:
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
     def forget(self) -> None:
         """Frees the last pass's states."""
         self.aux = self.last = self.top1 = self.lse = self.logits = torch.empty(0)
@@ -332,8 +344,7 @@ class _LogitsHook:
         for piece in self.last.split(HEAD_ROWS):
             logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
             logits = logits[:, : module.config.vocab_size].float()
-            if self._softcap:
-                logits = self._softcap * torch.tanh(logits / self._softcap)
+            logits = self.capped(logits)
             top1.append(logits.argmax(-1).to(torch.int32))
             lse.append(logits.logsumexp(-1))
             if self.keep_logits:
