@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from specforge.draft import layouts
 from specforge.draft.inspection import Finding, Subject, beyond, inspect
 from specforge.draft.model import Eagle3Draft
 from specforge.errors import ConfigError
-from specforge.evaluate.acceptance import teacher_forced
+from specforge.evaluate.acceptance import surprise, teacher_forced
 from specforge.evaluate.agreement import Agreement, agreement
 from specforge.features.store import Store
 from specforge.pipeline.shared import check_lengths, check_target, leave, say_serving, start_engine
@@ -28,8 +28,9 @@ from specforge.records import Acceptance, Example, FeatureBatch, FeatureRecord, 
 from specforge.target import engine as engines
 from specforge.target import weights
 
-HARDLY = 1.1  # a draft that reads shifted layers, another target's states or a wrong map accepts 1.0 to 1.05
-COMPARED, MEASURED = "SGLang's class", "acceptance"
+HARDLY = 1.1  # an untrained draft, or one that reads another target's states, accepts 1.00 to 1.05
+CLEARLY_NATS, CLEARLY_SIGMA = 0.02, 4.0  # other layers fit better only where it is no accident, and matters
+COMPARED, MEASURED, NEIGHBOURS = "SGLang's class", "acceptance", "layers fed"
 MEANS = {  # what a check without findings has seen
     "config": "sizes, one layer, nothing that a server would not honour",
     "keys": "every tensor of an EAGLE-3 draft, and no other",
@@ -98,7 +99,7 @@ def check(settings: CheckSettings) -> int | None:
         found = layouts.with_layers(found, weights.default_aux_layers(info.num_layers))
     why = _cannot_run(settings, found, report)
     if why:
-        for name in (COMPARED, MEASURED):
+        for name in (COMPARED, MEASURED, NEIGHBOURS):
             report.skip(name, why)
         _say_fingerprint(report, found, info, measured=False)
         return _end(report, settings)
@@ -189,6 +190,10 @@ def _with_features(
         if isinstance(seen, str):
             report.skip(COMPARED, seen)
     _measure(settings, report, found, info, records, ranks, engine)
+    if engine is None:
+        report.skip(NEIGHBOURS, "a store holds no other layers")
+    else:
+        _neighbours(report, found, info, engine, records, ranks)
 
 
 def _enough(examples: Sequence[Example], positions: int) -> list[Example]:
@@ -294,6 +299,53 @@ def _measure(
 def _kept(found: layouts.Contents, ranks: Ranks) -> torch.Tensor:
     ids = torch.arange(found.config["draft_vocab_size"])
     return (found.tensors["d2t"] + ids if "d2t" in found.tensors else ids).to(ranks.device)
+
+
+def _neighbours(
+    report: Report,
+    found: layouts.Contents,
+    info: TargetInfo,
+    engine: TargetEngine,
+    records: Sequence[FeatureRecord],
+    ranks: Ranks,
+) -> None:
+    """Feeds the draft the layers one below and one above as well. Ids that are shifted alike for both servers are
+    well-formed; they show only here, where the draft understands other layers better than those that it names."""
+    named = draft_folder.config_of(found.config).aux_layers
+    draft, kept_D = _draft(found, info, engine.dtype, ranks), _kept(found, ranks)
+    embedding_VH = weights.load_head(info, engine.dtype).embedding_VH.to(ranks.device)
+
+    def nats(seen: Sequence[FeatureRecord]) -> torch.Tensor:
+        batches = [FeatureBatch.pack([record], ranks.device, engine.dtype) for record in seen]
+        return surprise(draft, embedding_VH, kept_D, batches)
+
+    own_R = nats(records)
+    said, wrong = [f"{list(named)} as named: {float(own_R.mean()):.3f} nats a token"], list[Finding]()
+    for shift in (-1, 1):
+        layers = tuple(layer + shift for layer in named)
+        if layers[0] < 0 or layers[-1] > info.num_layers - 2:
+            continue
+        if not engines.read_layers(engine, layers):
+            report.skip(NEIGHBOURS, "this target's layers are read through hooks")
+            return
+        other_R = nats([replace(record, aux=_recaptured(engine, record)) for record in records])
+        said.append(f"{list(layers)}: {float(other_R.mean()):.3f}")
+        gain_R = own_R - other_R
+        gain, error = float(gain_R.mean()), float(gain_R.std() / max(len(gain_R), 1) ** 0.5)
+        if gain > CLEARLY_NATS and gain > CLEARLY_SIGMA * error:
+            what = (
+                f"the draft understands layers {list(layers)} better than {list(named)}, which it names: by "
+                f"{gain:.3f} +- {error:.3f} nats a token; the ids are shifted for both servers alike"
+            )
+            wrong.append(Finding(what, found.key(layouts.IDS), f"write {list(layers)} for SGLang, one higher for vLLM"))
+    engines.read_layers(engine, named)
+    report.add(NEIGHBOURS, wrong, "; ".join(said))
+
+
+def _recaptured(engine: TargetEngine, record: FeatureRecord) -> torch.Tensor:
+    tokens, mask = record.token_ids.cpu().numpy(), record.loss_mask.cpu().numpy()
+    example = Example(sample_id=record.sample_id, token_ids=tokens, loss_mask=mask)
+    return engine.capture([example])[0].aux.clone()
 
 
 def _too_low(found: layouts.Contents, seen: Acceptance, said: str) -> list[Finding]:

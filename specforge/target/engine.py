@@ -115,3 +115,15 @@ def judge(engine: TargetEngine, config: dict[str, Any], tensors: dict[str, Tenso
 
     assert isinstance(engine, SglangEngine)
     return unfit(engine, config) or SglangJudge(engine, config, tensors)
+
+
+def read_layers(engine: TargetEngine, layers: tuple[int, ...]) -> bool:
+    """Lets a running engine capture other aux layers; False where it cannot."""
+    if engine.name == "sglang":
+        from specforge.target.sglang import judge as sglang
+        from specforge.target.sglang.engine import SglangEngine
+
+        assert isinstance(engine, SglangEngine)
+        return sglang.read_layers(engine, layers)
+    engine.aux_layers = layers
+    return True

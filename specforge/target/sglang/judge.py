@@ -65,3 +65,11 @@ def unfit(engine: SglangEngine, config: dict[str, Any]) -> str | None:
     if its != tuple(config[name] for name in SAME):
         return "the draft's heads are not shaped like the target's, whose KV pool it would share here"
     return None
+
+
+def read_layers(engine: SglangEngine, layers: tuple[int, ...]) -> bool:
+    """Captures these layers from now on; False for a model that is read through hooks."""
+    if engine.serves_eagle3:
+        engine._runner.model.set_eagle3_layers_to_capture(list(layers))
+        engine.aux_layers = layers
+    return engine.serves_eagle3
