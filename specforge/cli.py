@@ -132,6 +132,8 @@ SETTINGS: dict[str, type[config.Settings]] = {
     "plan": config.PlanSettings,
     "prepare-hidden": config.PrepareHiddenSettings,
     "train": config.TrainSettings,
+    "check": config.CheckSettings,
+    "export": config.ExportSettings,
     "benchmark": config.BenchmarkSettings,
     "store verify": config.StoreVerifySettings,
     "store info": config.StoreInfoSettings,

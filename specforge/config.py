@@ -164,6 +164,33 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     max_new_tokens: int = Field(64, ge=1)
 
 
+class CheckSettings(EngineSettings, DataSettings, ReadSettings):
+    """Ask whether a draft folder is what servers take it for, and whether it fits its target."""
+
+    folder: Path = Field(
+        ..., description="draft folder, in the layout of SGLang, of vLLM's speculators or of SafeAILab"
+    )
+    model_path: str = Field(..., description="the target: a folder, or a hub name")
+    features: Path | None = Field(None, description="folder that prepare-hidden wrote, for real features")
+    data: Path | None = Field(None, description="or conversations to capture them from: a prepared folder or JSONL")
+    positions: int = Field(1000, ge=1, description="real positions on which logits are compared, acceptance measured")
+    steps: int = Field(3, ge=1, le=16, description="draft steps of the measured acceptance length")
+
+
+class ExportSettings(Settings):
+    """A draft folder in the layout that another server or repository reads; `--to sglang` reads theirs."""
+
+    folder: Path = Field(..., description="draft folder, in any of the layouts (which one is seen by itself)")
+    to: Literal["sglang", "vllm", "safeailab"] = Field(
+        ..., description="sglang: our own, for SGLang and vLLM; vllm: the speculators format; safeailab: EAGLE's own"
+    )
+    output: Path = Field(..., description="a new folder")
+    model_path: str | None = Field(
+        None, description="the target (needed by vllm, and where the draft names no layer ids)"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the target")
+
+
 class RegenerateSettings(EngineSettings):
     """Let the target answer every user turn itself, in this process or through a running server."""
 

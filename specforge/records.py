@@ -111,6 +111,10 @@ class FeatureRecord:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def copy(self) -> FeatureRecord:
+        """In memory of its own: a view would keep the states of its whole pass alive."""
+        return replace(self, aux=self.aux.clone(), last=self.last.clone())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureBatch:
@@ -301,6 +305,14 @@ class TargetEngine(Protocol):
         """Raises EngineError unless states are finite, equal on all ranks, and give the engine's own next token."""
 
     def close(self) -> None: ...
+
+
+class DraftJudge(Protocol):
+    """A server's own draft class, with a draft's folder loaded as that server loads it."""
+
+    def logits(self, record: FeatureRecord) -> Tensor:
+        """[T, D] float32: at each token the logits of draft step 0, from the record's aux states and the token that
+        follows (the last row has none and means nothing)."""
 
 
 class RecordSource(Protocol):

@@ -71,12 +71,17 @@ def tensors(draft: Eagle3Draft, kept_D: Tensor, weights: dict[str, Tensor], dtyp
 
 def save(folder: Path, draft: Eagle3Draft, kept_D: Tensor, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Writes the folder beside and renames it, replacing an older one."""
+    write(folder, config_json(draft.config, dtype), tensors(draft, kept_D, weights, dtype))
+
+
+def write(folder: Path, config: dict[str, Any], content: dict[str, Tensor]) -> None:
+    """The same for what is ready to be written, in whatever layout."""
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(tensors(draft, kept_D, weights, dtype), beside / "model.safetensors", metadata={"format": "pt"})
+    save_file(content, beside / "model.safetensors", metadata={"format": "pt"})
     sync_file(beside / "model.safetensors")
-    write_json(beside / "config.json", config_json(draft.config, dtype))
+    write_json(beside / "config.json", config)
     replace_folder(beside, folder)
 
 
@@ -91,6 +96,25 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def config_of(raw: dict[str, Any]) -> DraftConfig:
+    """What config.json says. Raises KeyError or TypeError where something is missing."""
+    return DraftConfig(
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_attention_heads=raw["num_attention_heads"],
+        num_key_value_heads=raw["num_key_value_heads"],
+        head_dim=raw["head_dim"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        vocab_size=raw["vocab_size"],
+        draft_vocab_size=raw["draft_vocab_size"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        rope_parameters=raw["rope_parameters"],
+        aux_layers=tuple(raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+        target_fingerprint=raw.get("specforge", {}).get("target_fingerprint", ""),
+        token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if isinstance(raw.get(name), int)},
+    )
+
+
 def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     """(draft, kept_D). Raises CheckpointError where the folder is not a whole draft in this form."""
     fix = "give a folder that `specforge train` wrote, such as runs/draft/best"
@@ -100,21 +124,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=fix) from error
     try:
-        config = DraftConfig(
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw["num_key_value_heads"],
-            head_dim=raw["head_dim"],
-            rms_norm_eps=raw["rms_norm_eps"],
-            vocab_size=raw["vocab_size"],
-            draft_vocab_size=raw["draft_vocab_size"],
-            max_position_embeddings=raw["max_position_embeddings"],
-            rope_parameters=raw["rope_parameters"],
-            aux_layers=tuple(raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
-            target_fingerprint=raw.get("specforge", {}).get("target_fingerprint", ""),
-            token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw},
-        )
+        config = config_of(raw)
         kept_D = content.pop("d2t") + torch.arange(config.draft_vocab_size)
         _check(raw, config, kept_D, content.pop("t2d"))
         draft = Eagle3Draft(config)

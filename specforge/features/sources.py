@@ -45,7 +45,7 @@ class LiveSource:
                     if records is None:
                         raise _too_large(self._examples[indices[0]])
                     captured.update((i, r) for i, r in zip(indices, records, strict=True) if i in mine)
-            yield [_kept(captured[index]) for index in slot[self._tp_rank]]
+            yield [captured[index].copy() for index in slot[self._tp_rank]]
 
 
 def held_out_batches(
@@ -63,17 +63,4 @@ def _too_large(example: Example) -> OutOfMemoryError:
         f"a conversation of {len(example.token_ids)} tokens does not fit into memory beside the draft",
         where=f"sample {example.sample_id} of the data",
         fix="lower --max-length, raise --tp-size, or give the target more or less of the memory with --mem-frac",
-    )
-
-
-def _kept(record: FeatureRecord) -> FeatureRecord:
-    """The record in memory of its own: a view would keep the whole batch alive."""
-    return FeatureRecord(
-        sample_id=record.sample_id,
-        token_ids=record.token_ids,
-        loss_mask=record.loss_mask,
-        aux=torch.clone(record.aux),
-        last=torch.clone(record.last),
-        teacher_top1=record.teacher_top1,
-        teacher_lse=record.teacher_lse,
     )

@@ -16,6 +16,8 @@ COMMANDS = {  # name -> module and function
     "store info": "specforge.pipeline.stores:store_info",
     "store merge": "specforge.pipeline.stores:store_merge",
     "train": "specforge.pipeline.training:train",
+    "check": "specforge.pipeline.checking:check",
+    "export": "specforge.pipeline.exporting:export",
     "benchmark": "specforge.pipeline.proof:benchmark",
     "demo": "specforge.demo:run",
     "doctor": "specforge.doctor:run",

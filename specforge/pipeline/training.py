@@ -26,6 +26,7 @@ from specforge.features.packing import pack_rows, share_out
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
+from specforge.pipeline.checking import after_training
 from specforge.pipeline.shared import (
     check_lengths,
     check_target,
@@ -35,7 +36,7 @@ from specforge.pipeline.shared import (
     say_serving,
     start_engine,
 )
-from specforge.records import Acceptance, Ranks, RecordSource, TargetInfo
+from specforge.records import Acceptance, Ranks, RecordSource, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
 from specforge.train import checkpoint
@@ -86,7 +87,7 @@ def _train_from_store(
     console.quiet(settings.output / log_name())
     sources: dict[str, RecordSource] = {name: StoreSource(store, 0, ranks.device) for name, store in stores.items()}
     data_hash = stores["train"].manifest.data_hash
-    return _train(settings, info, layers, data_hash, counts_V, tokenizer.special_ids(), sources, ranks)
+    return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks)
 
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
@@ -103,7 +104,7 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     engine = start_engine(settings, info, ranks, settings.output)
     sources: dict[str, RecordSource] = {n: LiveSource(engine, found, ranks.tp_rank) for n, found in splits.items()}
     data_hash = prepared.data_hash(splits["train"])
-    return _train(settings, info, layers, data_hash, counts_V, tokenizer.special_ids(), sources, ranks)
+    return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks, engine)
 
 
 def _train(
@@ -112,11 +113,12 @@ def _train(
     layers: tuple[int, ...],
     data_hash: str,
     counts_V: NDArray[np.int64],
-    special_ids: list[int],
+    tokenizer: ChatTokenizer,
     sources: dict[str, RecordSource],
     ranks: Ranks,
+    engine: TargetEngine | None = None,
 ) -> int | None:
-    """The same from here on, wherever the records come from."""
+    """The same from here on, wherever the records come from; `engine` is the live one."""
     ds_config = deepspeed_config(settings, ranks)
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
     identity = _identity(settings, info, layers, data_hash, str(dtype))
@@ -125,7 +127,7 @@ def _train(
         for name in ("checkpoints", "best"):
             shutil.rmtree(settings.output / name, ignore_errors=True)
     if kept is None:
-        kept = vocab.choose(counts_V, settings.draft_vocab_size, special_ids)
+        kept = vocab.choose(counts_V, settings.draft_vocab_size, tokenizer.special_ids())
     if is_main_rank():
         write_json(settings.output / "run.json", {"settings": settings.model_dump(mode="json"), "identity": identity})
     kept_D = torch.from_numpy(kept).to(ranks.device)
@@ -167,9 +169,13 @@ def _train(
             state=state or checkpoint.RunState(),
         )
     )
-    say_serving(settings.output / "best", info.path, settings.steps)
+    few = held_out_rows[:1] if engine else []
+    records = [record for found in sources["test"].batches([few * ranks.tp_size]) for record in found] if few else []
+    passed = after_training(settings.output / "best", info, tokenizer, engine, records, ranks)
+    if passed:
+        say_serving(settings.output / "best", info.path, settings.steps)
     leave(ranks)
-    return None
+    return None if passed else 2
 
 
 def _layers_of_store(

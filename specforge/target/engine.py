@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from specforge.config import EngineSettings
 from specforge.errors import ConfigError, EngineError, SpecforgeError
-from specforge.records import Ranks, TargetEngine, TargetInfo
+from specforge.records import DraftJudge, Ranks, TargetEngine, TargetInfo
 from specforge.target.weights import check_aux_layers, default_aux_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -102,3 +104,26 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
         ) from error
     engine.self_check()
     return engine
+
+
+def judge(engine: TargetEngine, config: dict[str, Any], tensors: dict[str, Tensor]) -> DraftJudge | str:
+    """SGLang's own draft class beside the running target, or why it cannot be asked."""
+    if engine.name != "sglang":
+        return "the target does not run in SGLang"
+    from specforge.target.sglang.engine import SglangEngine
+    from specforge.target.sglang.judge import SglangJudge, unfit
+
+    assert isinstance(engine, SglangEngine)
+    return unfit(engine, config) or SglangJudge(engine, config, tensors)
+
+
+def read_layers(engine: TargetEngine, layers: tuple[int, ...]) -> bool:
+    """Lets a running engine capture other aux layers; False where it cannot."""
+    if engine.name == "sglang":
+        from specforge.target.sglang import judge as sglang
+        from specforge.target.sglang.engine import SglangEngine
+
+        assert isinstance(engine, SglangEngine)
+        return sglang.read_layers(engine, layers)
+    engine.aux_layers = layers
+    return True

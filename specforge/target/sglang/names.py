@@ -6,6 +6,8 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.models.llama_eagle3 import LlamaForCausalLMEagle3
 from sglang.srt.runtime_context import SpawnRanks, get_schedule, publish, spawn_world_rank
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -13,6 +15,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 __all__ = [
     "ForwardBatch",
+    "ForwardContext",
+    "LlamaForCausalLMEagle3",
     "LogitsMetadata",
     "PortArgs",
     "Req",
@@ -22,6 +26,7 @@ __all__ = [
     "SpawnRanks",
     "SpeculativeAlgorithm",
     "TreeCacheNamespace",
+    "forward_context",
     "get_schedule",
     "get_tp_group",
     "one_batch",
