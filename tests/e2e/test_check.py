@@ -50,7 +50,7 @@ def work(tmp_path_factory) -> Path:
     optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small are slower on several
-    for at in range(70):
+    for at in range(100):
         batch = FeatureBatch.pack(records[at * 10 % 40 :][:10], torch.device("cpu"), torch.float32)
         result = step(batch, step.loss_rows(batch))
         optimizer.zero_grad()
