@@ -1,7 +1,7 @@
 """What is wrong with a draft folder, as a server would meet it: every fault by itself, in words. No draft is run here.
 
 Servers say nothing of most of it. SGLang drops keys that it does not know, leaves missing ones at their random start,
-and takes default layers where ids are missing; each makes the accepted length fall to about 1.
+and takes default layers where ids are missing; each only costs accepted tokens.
 """
 
 from __future__ import annotations

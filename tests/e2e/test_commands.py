@@ -61,6 +61,7 @@ def work(tmp_path_factory) -> Path:
     assert "in sglang" in run(capture("feat"), folder)
     said = run(train("--features", "feat", "--output", "offline"), folder)
     assert "python -m sglang.launch_server --model-path target" in said
+    assert "sizes and rope are right; SGLang's class was not asked: no engine ran" in said
     return folder
 
 
@@ -93,7 +94,8 @@ def test_training_learns_and_saves_what_servers_load(work):
 
 
 def test_online_gives_the_same_losses_and_no_features(work):
-    run(train("--online", "--data", "data", "--output", "online"), work)
+    said = run(train("--online", "--data", "data", "--output", "online"), work)
+    assert "sizes and rope are right; SGLang's class and ours on" in said
     one, two = losses(work / "offline"), losses(work / "online")
     assert len(one) == len(two)
     assert two == pytest.approx(one, rel=1e-4)  # another grouping of records into passes of the target: last bits
