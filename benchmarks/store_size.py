@@ -133,6 +133,7 @@ def machine() -> str:
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # others may use the machine: threads that wait for each other would be what is timed
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=Path, help="a store in bf16 (default: made-up records)")
     parser.add_argument("--scratch", type=Path, help="where stores are written (default: a temporary folder)")
