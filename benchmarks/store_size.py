@@ -133,6 +133,7 @@ def machine() -> str:
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # others may use the machine: threads that wait for each other would be what is timed
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=Path, help="a store in bf16 (default: made-up records)")
     parser.add_argument("--scratch", type=Path, help="where stores are written (default: a temporary folder)")
@@ -140,7 +141,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.features:
         store = Store(options.features)
-        records, manifest, what = [store.record(n) for n in range(len(store))], store.manifest, store.manifest.target
+        records, manifest, what = [store.record(n) for n in range(len(store))], store.manifest, Path(store.manifest.target).name
         records = [replace(record, aux=record.aux.clone(), last=record.last.clone()) for record in records]
     else:
         records, manifest, what = [made_up(n) for n in range(RECORDS)], about("bf16", RECORDS), "made up"

@@ -80,8 +80,11 @@ def test_taking_waits_for_room():
 # The thread
 
 
-def test_records_larger_than_the_ring_and_a_ring_smaller_than_the_store(tmp_path):
-    with StoreWriter(tmp_path, manifest(30), shard_bytes=4000, ring_bytes=900) as writer:
+@pytest.mark.parametrize(
+    "ring_bytes", [900, 3000, 5000]
+)  # many records are larger than the first, none than the others
+def test_a_ring_smaller_than_a_shard_and_than_some_records(tmp_path, ring_bytes):
+    with StoreWriter(tmp_path, manifest(30), shard_bytes=20_000, ring_bytes=ring_bytes) as writer:
         for sample_id in range(30):
             writer.add(record(sample_id))  # of 100 to 2,600 bytes
     assert_holds(tmp_path, 30)
@@ -200,6 +203,33 @@ def test_a_failed_write_stops_the_run_within_one_batch(tmp_path):
         if restore:
             restore()
     assert failed_at in (3, 4)
+
+
+def test_a_failed_write_frees_who_waits_for_the_ring(tmp_path, monkeypatch):
+    """The disk stands still until the ring is full and the run waits; then the write fails."""
+    fail = threading.Event()
+
+    def append(*given):
+        fail.wait(30)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shards.OpenShard, "append", append)
+    writer, told = StoreWriter(tmp_path, manifest(20), ring_bytes=3000), []
+
+    def add_all():
+        try:
+            add_slowly(writer, 20)
+        except StoreError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=add_all, daemon=True)
+    thread.start()
+    time.sleep(0.5)
+    assert not told
+    fail.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "EIO" in told[0].what
 
 
 # The lock
