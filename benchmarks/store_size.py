@@ -141,7 +141,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.features:
         store = Store(options.features)
-        records, manifest, what = [store.record(n) for n in range(len(store))], store.manifest, Path(store.manifest.target).name
+        records, manifest, what = (
+            [store.record(n) for n in range(len(store))],
+            store.manifest,
+            Path(store.manifest.target).name,
+        )
         records = [replace(record, aux=record.aux.clone(), last=record.last.clone()) for record in records]
     else:
         records, manifest, what = [made_up(n) for n in range(RECORDS)], about("bf16", RECORDS), "made up"
