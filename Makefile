@@ -2,6 +2,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Where it is set (containers often do), every process would compile all that it imports anew: 15 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo check test proof clean
 
