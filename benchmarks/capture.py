@@ -1,6 +1,6 @@
 """What capturing costs beside the engine's bare prefill, and what padded batches would cost. Needs SGLang.
 
-    python benchmarks/capture.py [--target FOLDER] [--tokens N] [--repetitions N]
+    python -m benchmarks.capture [--target FOLDER] [--tokens N] [--repetitions N]
 
 Arms, all in one process over the same conversations, in turns, each repetition beginning with another one:
   bare      SGLang's prefill of our batches and one head product at the teacher rows: no states, no argmax, no logsumexp
@@ -220,9 +220,10 @@ def main() -> None:
         targets = {options.target: options.tokens or 8_000} if options.target else default_targets(Path(scratch))
         results = []
         for target, tokens in targets.items():
-            given = ["--target", str(target), "--tokens", str(options.tokens or tokens)]
-            command = [sys.executable, __file__, "--one", *given, "--repetitions", str(options.repetitions)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            given = ["--target", str(target.resolve()), "--tokens", str(options.tokens or tokens)]
+            given += ["--repetitions", str(options.repetitions)]
+            command = [sys.executable, "-m", "benchmarks.capture", "--one", *given]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
             shown = {name: round(ratio, 3) for name, ratio in results[-1]["ratio_to_bare"].items()}
             print(f"{results[-1]['target']}: {shown}", flush=True)
