@@ -171,7 +171,7 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
             assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
             assert time.monotonic() < deadline
