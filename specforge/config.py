@@ -116,8 +116,14 @@ class DraftSettings(VocabularySettings):
     """The draft's size, and how much of it is unrolled at once."""
 
     draft_intermediate_size: int | None = Field(None, ge=1, description="width of the draft's MLP (default: target's)")
+    fc_norm: bool = Field(False, description="EAGLE-3.1: a norm over each aux state before they are fused")
+    norm_before_fc: bool = Field(False, description="EAGLE-3.1: or one norm over all of them at once")
+    norm_output: bool = Field(False, description="EAGLE-3.1: the next step gets the normed state")
     steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
     row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
+
+    def norms(self) -> dict[str, bool]:
+        return {name: getattr(self, name) for name in ("fc_norm", "norm_before_fc", "norm_output")}
 
 
 class PlanSettings(CaptureSettings, DraftSettings):

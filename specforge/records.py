@@ -189,7 +189,8 @@ class TargetHead:
         """The target's own logits for hidden states after the final norm, over `head`'s rows (default: all)."""
         import torch
 
-        logits = torch.nn.functional.linear(last_SH, self.head_VH if head is None else head).float() * self.scale
+        logits = torch.nn.functional.linear(last_SH, self.head_VH if head is None else head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

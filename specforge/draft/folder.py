@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.errors import CheckpointError
 from specforge.files import sync_file, sync_folder, write_json
 
@@ -51,7 +51,9 @@ def config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
             "use_aux_hidden_state": True,
+            **({"norm_before_fc": True} if config.norm_before_fc else {}),
         },
+        **{name: True for name in NORMS if getattr(config, name)},
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in config.aux_layers],
         "specforge": {"target_fingerprint": config.target_fingerprint},
     }
@@ -112,6 +114,9 @@ def config_of(raw: dict[str, Any]) -> DraftConfig:
         aux_layers=tuple(raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
         target_fingerprint=raw.get("specforge", {}).get("target_fingerprint", ""),
         token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if isinstance(raw.get(name), int)},
+        fc_norm=bool(raw.get("fc_norm")),
+        norm_before_fc=bool(raw["eagle_config"].get("norm_before_fc", raw.get("norm_before_fc"))),
+        norm_output=bool(raw.get("norm_output")),
     )
 
 

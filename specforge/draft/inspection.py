@@ -23,13 +23,9 @@ SIZES = (
 ).split()
 SAVE = "write the folder anew with `specforge train`, or fetch the draft again"
 SERVED = (torch.bfloat16, torch.float16, torch.float32)
-LATER = "SGLang and vLLM do it, this version of specforge does not, so that nothing can be compared"
 BEYOND = {  # what this project's own draft model does not do, and who does
     "norm_before_residual": "vLLM does it, SGLang does not and would accept about one token a pass",
     "attention_bias": "SGLang leaves the biases out without a word",
-    "norm_before_fc": LATER,
-    "fc_norm": LATER,
-    "norm_output": LATER,
     "quantization_config": "quantised drafts are not read here",
 }
 DROPPED = ("norm_before_residual", "attention_bias")
@@ -105,9 +101,16 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner, draft = config["hidden_size"], config["intermediate_size"], config["draft_vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
+    inner_ids = config.get("eagle_config") or {}
+    count, aux = len(inner_ids.get(IDS) or (0, 0, 0)), config.get("target_hidden_size") or hidden
+    norms = dict.fromkeys(("midlayer.input_layernorm", "midlayer.hidden_norm", "norm"), hidden)
+    norms["midlayer.post_attention_layernorm"] = hidden
+    if config.get("fc_norm"):
+        norms |= {f"fc_norm.{at}": aux for at in range(count)}
+    if inner_ids.get("norm_before_fc", config.get("norm_before_fc")):
+        norms["input_norm"] = count * aux
     return {
-        "fc.weight": (hidden, 3 * (config.get("target_hidden_size") or hidden)),
+        "fc.weight": (hidden, count * aux),
         "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
         "midlayer.self_attn.k_proj.weight": (keys, 2 * hidden),
         "midlayer.self_attn.v_proj.weight": (keys, 2 * hidden),
@@ -118,7 +121,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "lm_head.weight": (draft, hidden),
         "d2t": (draft,),
         "t2d": (config["vocab_size"],),
-        **{f"{name}.weight": (hidden,) for name in norms},
+        **{f"{name}.weight": (size,) for name, size in norms.items()},
     }
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specforge.draft import folder as draft_folder
+from specforge.draft.model import NORMS
 from specforge.errors import CheckpointError
 from specforge.records import TargetInfo
 
@@ -154,7 +155,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _from_speculators(raw: dict[str, Any]) -> dict[str, Any]:
     """Flat, as vLLM flattens it. Where `norm_before_residual` is not said, vLLM takes true."""
-    outer = ("draft_vocab_size", "norm_before_fc", "fc_norm", "norm_output", "specforge", "tie_word_embeddings")
+    outer = ("draft_vocab_size", *NORMS, "specforge", "tie_word_embeddings")
     layer = raw.get("transformer_layer_config")
     config = dict(layer) if isinstance(layer, dict) else {}
     config |= {name: raw[name] for name in outer if name in raw}
@@ -180,7 +181,7 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_speculators(config: dict[str, Any], target: TargetInfo, target_name: str) -> dict[str, Any]:
-    outer = ("draft_vocab_size", "tie_word_embeddings", "specforge", IDS, "torch_dtype")
+    outer = ("draft_vocab_size", "tie_word_embeddings", "specforge", IDS, "torch_dtype", *NORMS)
     inner = {name: value for name, value in config.items() if name not in (*outer, "architectures", "eagle_config")}
     inner.pop("target_hidden_size")
     proposal = {"proposal_type": "greedy", "speculative_tokens": PROPOSED_TOKENS}
@@ -197,7 +198,7 @@ def _to_speculators(config: dict[str, Any], target: TargetInfo, target_name: str
         },
         "norm_before_residual": False,  # vLLM takes true where it is not said
         "target_hidden_size": None,  # the draft's own
-        **{name: config[name] for name in outer},
+        **{name: config[name] for name in outer if name in config},
         "transformer_layer_config": inner,
     }
 
@@ -210,6 +211,13 @@ def _to_safeailab(found: Contents, config: dict[str, Any], target: TargetInfo | 
             f"the EAGLE repository always reads layers {list(fixed)}, this draft was trained on {list(layers)}",
             where=str(found.folder / "config.json"),
             fix="train with the default --aux-layers, or export for sglang or vllm",
+        )
+    norm = next((name for name in NORMS if config.get(name)), None)
+    if norm:
+        raise CheckpointError(
+            f"the EAGLE repository has no {norm}",
+            where=f"{found.folder / 'config.json'}, '{norm}'",
+            fix="export for sglang or vllm",
         )
     if config["rope_scaling"] is not None:
         raise CheckpointError(

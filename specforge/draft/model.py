@@ -1,9 +1,12 @@
 """The draft model. Its parameters carry the names that they have on disk.
 
-    feature_TH = fc(aux_TA)                                   three aux states of the target, fused
+    feature_TH = fc(aux_TA)                                   aux states of the target, fused
     x = cat(input_layernorm(embedding), hidden_norm(feature)) -> q, k, v      (2H in, so any EAGLE-3 server's layout)
     h = feature + o_proj(attention);  h = h + mlp(post_attention_layernorm(h))
     logits = lm_head(norm(h));        the next step's feature is h itself, before `norm`
+
+EAGLE-3.1 is the same with norms where scales can drift: before `fc`, over each aux state (`fc_norm`) or over all of
+them at once (`norm_before_fc`), and on what the next step gets (`norm_output`: norm(h) in place of h).
 
 Source: EAGLE-3 (Li et al., 2025), and the draft class of the servers that load the folder.
 """
@@ -21,6 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge.records import TargetHead, TargetInfo
 
+NORMS = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
@@ -37,12 +42,20 @@ class DraftConfig:
     max_position_embeddings: int
     rope_parameters: dict[str, Any]
     aux_layers: tuple[int, ...]  # id k: output of layer k
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
     target_fingerprint: str = ""
     token_ids: dict[str, int] = field(default_factory=dict)  # bos_token_id, eos_token_id
 
     @classmethod
     def for_target(
-        cls, info: TargetInfo, aux_layers: tuple[int, ...], draft_vocab_size: int, intermediate_size: int | None = None
+        cls,
+        info: TargetInfo,
+        aux_layers: tuple[int, ...],
+        draft_vocab_size: int,
+        intermediate_size: int | None = None,
+        **norms: bool,  # by their names in NORMS
     ) -> DraftConfig:
         config: dict[str, Any] = info.config
         heads = int(config["num_attention_heads"])
@@ -64,29 +77,44 @@ class DraftConfig:
             aux_layers=aux_layers,
             target_fingerprint=info.fingerprint,
             token_ids={name: value for name, value in ids.items() if isinstance(value, int)},
+            **norms,
         )
 
 
 class Rotary:
-    """The target's rotary embedding in fp32. No module: a cast of the draft to bf16 must not reach its frequencies."""
+    """The target's rotary embedding, in fp32 or wider. No module: a cast of the draft must not reach its frequencies.
+
+    They are transformers', which serving engines share but for rope of type `dynamic`: transformers changes its base
+    with the length of each batch, SGLang and vLLM fix it for the longest text, and a draft is for them."""
 
     def __init__(self, config: DraftConfig) -> None:
+        rope = config.rope_parameters
+        dynamic = rope.get("rope_type") == "dynamic"
+        if dynamic:
+            factor, dim = float(rope["factor"]), config.head_dim
+            stretch = (factor * factor - (factor - 1)) ** (dim / (dim - 2))
+            rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * stretch}
         llama = LlamaConfig(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=config.rope_parameters,
+            rope_parameters=rope,
         )
-        self._rotary = LlamaRotaryEmbedding(llama)
+        rotary = LlamaRotaryEmbedding(llama)
+        self.frequencies_e: Tensor = rotary.inv_freq  # half as many as a head has elements
+        self.factor: float = rotary.attention_scaling  # of cosine and sine
 
     def __call__(self, x_RnE: Tensor, positions_R: Tensor) -> Tensor:
         """Rotates each head of x at its row's position."""
-        rotary = self._rotary.to(x_RnE.device)
-        cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=x_RnE.device), positions_R[None])
-        first, second = x_RnE.float().chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (x_RnE.float() * cos[0, :, None] + turned * sin[0, :, None]).to(x_RnE.dtype)
+        if self.frequencies_e.device != x_RnE.device:
+            self.frequencies_e = self.frequencies_e.to(x_RnE.device)
+        wide = torch.promote_types(x_RnE.dtype, torch.float32)
+        angle_R1e = positions_R[:, None, None].to(wide) * self.frequencies_e.to(wide)
+        cos_R1e, sin_R1e = angle_R1e.cos() * self.factor, angle_R1e.sin() * self.factor
+        first, second = x_RnE.to(wide).chunk(2, dim=-1)
+        turned = [first * cos_R1e - second * sin_R1e, second * cos_R1e + first * sin_R1e]
+        return torch.cat(turned, dim=-1).to(x_RnE.dtype)
 
 
 class Attention(nn.Module):
@@ -128,7 +156,13 @@ class Eagle3Draft(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(len(config.aux_layers) * config.hidden_size, config.hidden_size, bias=False)
+        aux_size = len(config.aux_layers) * config.hidden_size
+        if config.fc_norm:
+            norms = [nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in config.aux_layers]
+            self.fc_norm = nn.ModuleList(norms)
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(aux_size, eps=config.rms_norm_eps)
+        self.fc = nn.Linear(aux_size, config.hidden_size, bias=False)
         self.midlayer = Midlayer(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -142,6 +176,15 @@ class Eagle3Draft(nn.Module):
             if parameter.dim() == 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
         self.lm_head.weight.copy_(head.head_VH[kept_D])
+
+    def fuse(self, aux_TA: Tensor) -> Tensor:
+        """The first step's feature [T, H]."""
+        if self.config.norm_before_fc:
+            aux_TA = self.input_norm(aux_TA)
+        if self.config.fc_norm:
+            pieces = aux_TA.chunk(len(self.fc_norm), dim=-1)
+            aux_TA = torch.cat([norm(piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)], dim=-1)
+        return self.fc(aux_TA)
 
     def attention_input(self, embedding_RH: Tensor, feature_RH: Tensor) -> Tensor:
         """[R, 2H]"""
@@ -160,6 +203,10 @@ class Eagle3Draft(nn.Module):
         return self.rotary(keys_RKE, positions_R), attention.v_proj(x_R2H).unflatten(-1, (-1, attention.head_dim))
 
     def finish(self, feature_RH: Tensor, attended_RNE: Tensor) -> Tensor:
-        """The layer's output [R, H]: this step's hidden state and the next step's feature."""
+        """The layer's output [R, H]: this step's hidden state."""
         hidden_RH = feature_RH + self.midlayer.self_attn.o_proj(attended_RNE.flatten(1))
         return hidden_RH + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden_RH))
+
+    def feed_back(self, hidden_RH: Tensor) -> Tensor:
+        """The next step's feature [R, H]."""
+        return self.norm(hidden_RH) if self.config.norm_output else hidden_RH

@@ -18,7 +18,7 @@ class StepResult:
     """loss is the only tensor with a gradient; the rest are sums over this packed row, [steps] each."""
 
     loss: Tensor  # scalar: sum over i of decay^i * loss_sum[i] / normaliser[i]
-    loss_sum: Tensor  # float32, nats, over the loss rows
+    loss_sum: Tensor  # float32 or wider, nats, over the loss rows
     loss_rows: Tensor  # int64
     hits: Tensor  # int64, rows whose first guess is the target's
     rows: Tensor  # int64, rows that count (a teacher outside the draft vocabulary is a miss)
@@ -72,7 +72,8 @@ class DraftStep(nn.Module):
         top1_M = batch.teacher_top1[teacher_M]
         known_M = torch.nonzero(draft_id_V[top1_M] >= 0).squeeze(1)
         step_m = step_M[known_M]
-        share_i = self.decay ** torch.arange(self.steps, device=normaliser.device) / normaliser.clamp(min=1)
+        step_i = torch.arange(self.steps, device=normaliser.device, dtype=torch.float64)
+        share_i = self.decay**step_i / normaliser.clamp(min=1)
         loss, loss_m, best_m = FusedCrossEntropy.apply(
             self.draft.norm(hidden_MH[known_M]),
             self.draft.lm_head.weight,
@@ -80,7 +81,7 @@ class DraftStep(nn.Module):
             teacher_head_DH,
             head,
             teacher_M[known_M],
-            share_i.float()[step_m],
+            share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m],
         )
         if idle:
             none = self.no_rows()
@@ -88,7 +89,7 @@ class DraftStep(nn.Module):
         hit_m = kept_D[best_m] == top1_M[known_M]
         return StepResult(
             loss=loss,
-            loss_sum=torch.zeros(self.steps, device=loss.device).index_add_(0, step_m, loss_m),
+            loss_sum=loss_m.new_zeros(self.steps).index_add_(0, step_m, loss_m),
             loss_rows=torch.bincount(step_m, minlength=self.steps),
             hits=torch.bincount(step_m[hit_m], minlength=self.steps),
             rows=torch.bincount(step_M, minlength=self.steps),

@@ -4,7 +4,7 @@
     step 0  feature      fc(a0)   fc(a1)   fc(a2)   fc(a3)
             embedding    e(x1)    e(x2)    e(x3)    e(x4)
             predicts     x2       x3       x4       x5       teacher: the target's own logits at t + 1
-    step i  feature      own output of step i - 1, before the final norm
+    step i  feature      own output of step i - 1, before the final norm (after it with `norm_output`)
             embedding    e(x_{t+1+i})
             predicts     x_{t+2+i}                           teacher: the target's own logits at t + 1 + i
             position id  t + i
@@ -48,7 +48,7 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
     spare = -len(batch.token_ids) % MULTIPLE
     tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
     next_token_T = torch.roll(tokens_T, -1)  # of a record's last token it is wrong, and read by no row that counts
-    feature_TH = draft.fc(F.pad(batch.aux, (0, 0, 0, spare)))
+    feature_TH = draft.fuse(F.pad(batch.aux, (0, 0, 0, spare)))
     x_T2H = draft.attention_input(F.embedding(next_token_T, embedding_VH), feature_TH)
     keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
 
@@ -68,11 +68,12 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
         q_RNE = draft.queries(x_R2H, positions_T[rows_R] + i)
         segments = record_segments(rows_R[:count], batch.lengths)
         attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, rows_R, segments)
-        feature_RH = draft.finish(feature_RH, attended_RNE)
+        hidden_RH = draft.finish(feature_RH, attended_RNE)
+        feature_RH = draft.feed_back(hidden_RH)
         done.append(
             UnrolledStep(
                 rows_R=rows_R[:count],
-                hidden_RH=feature_RH[:count],
+                hidden_RH=hidden_RH[:count],
                 teacher_R=batch.teacher_index[rows_R[:count] + 1 + i],
             )
         )

@@ -96,7 +96,7 @@ class ChainDrafter:
         """The target's aux states of newly accepted positions, and the token that follows each."""
         draft, start = self._draft, 0 if self._keys_TKE is None else len(self._keys_TKE)
         positions_n = torch.arange(start, start + len(next_tokens), device=aux_nA.device)
-        feature_nH = draft.fc(aux_nA.to(draft.fc.weight.dtype))
+        feature_nH = draft.fuse(aux_nA.to(draft.fc.weight.dtype))
         x_n2H = draft.attention_input(self._embed(next_tokens), feature_nH)
         keys_nKE, values_nKE = draft.keys_values(x_n2H, positions_n)
         if self._keys_TKE is not None and self._values_TKE is not None:
@@ -123,8 +123,9 @@ class ChainDrafter:
                 own_values.append(value_1KE)
             q_1NE = draft.queries(x_12H, self._row_1 + i)
             attended_1NE = attend(q_1NE, self._keys_TKE, self._values_TKE, own_keys, own_values, self._row_1, segments)
-            feature_1H = draft.finish(feature_1H, attended_1NE)
-            best = draft.lm_head(draft.norm(feature_1H)).argmax(-1)
+            hidden_1H = draft.finish(feature_1H, attended_1NE)
+            feature_1H = draft.feed_back(hidden_1H)
+            best = draft.lm_head(draft.norm(hidden_1H)).argmax(-1)
             proposed.append(int(self._kept_D[best]))
         return proposed
 

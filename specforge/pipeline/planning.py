@@ -151,7 +151,9 @@ def draft_figures(settings: PlanSettings, info: TargetInfo) -> list[Figure]:
     """The draft in bf16 under ZeRO-2: parameters on every rank; gradients (2 bytes), the fp32 copy and AdamW's two
     moments (12 bytes) shared by all ranks (Rajbhandari et al., arXiv 1910.02054, section 5)."""
     layers = engines.aux_layers_of(settings, info)
-    config = DraftConfig.for_target(info, layers, settings.draft_vocab_size, settings.draft_intermediate_size)
+    config = DraftConfig.for_target(
+        info, layers, settings.draft_vocab_size, settings.draft_intermediate_size, **settings.norms()
+    )
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Eagle3Draft(config).parameters())
     world = settings.tp_size * (settings.dp_size or 1)

@@ -132,7 +132,9 @@ def _train(
         write_json(settings.output / "run.json", {"settings": settings.model_dump(mode="json"), "identity": identity})
     kept_D = torch.from_numpy(kept).to(ranks.device)
     head = weights.load_head(info, dtype)
-    draft = Eagle3Draft(DraftConfig.for_target(info, layers, len(kept), settings.draft_intermediate_size))
+    draft = Eagle3Draft(
+        DraftConfig.for_target(info, layers, len(kept), settings.draft_intermediate_size, **settings.norms())
+    )
     draft.initialise(head, kept_D.cpu(), settings.seed)
     step = DraftStep(draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay)
     optimizer = DraftOptimizer(step, ds_config, ranks)
@@ -213,6 +215,7 @@ def _identity(
         "seed": settings.seed,
         "draft_vocab_size": settings.draft_vocab_size,
         "draft_intermediate_size": settings.draft_intermediate_size,
+        **settings.norms(),
         **{name: getattr(settings, name) for name in shared},
     }
 

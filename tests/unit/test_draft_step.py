@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from specforge.alignment import teacher_rows
 from specforge.draft import step as step_module
 from specforge.draft import unroll as unroll_module
-from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.model import DraftConfig, Eagle3Draft, Rotary
 from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, FeatureRecord, TargetHead
 from tests.dense_reference import step_losses
@@ -28,14 +31,33 @@ CONFIG = DraftConfig(
     aux_layers=(1, 2, 3),
 )
 LENGTHS = (5, 23, 40, 2, 17)
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 
 
-def make(supervised: float, dtype: torch.dtype, seed: int = 0):
+def make(supervised: float, dtype: torch.dtype, seed: int = 0, config: DraftConfig = CONFIG):
     g = torch.Generator().manual_seed(seed)
     embedding = torch.randn(V, H, generator=g, dtype=dtype)
     head = TargetHead(embedding_VH=embedding, head_VH=torch.randn(V, H, generator=g, dtype=dtype))
-    kept = torch.sort(torch.randperm(V, generator=g)[: CONFIG.draft_vocab_size]).values
-    draft = Eagle3Draft(CONFIG).to(dtype)
+    kept = torch.sort(torch.randperm(V, generator=g)[: config.draft_vocab_size]).values
+    draft = Eagle3Draft(config).to(dtype)
     with torch.no_grad():
         for p in draft.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=dtype) * (0.2 if p.dim() == 2 else 0.5))
@@ -64,9 +86,9 @@ def make(supervised: float, dtype: torch.dtype, seed: int = 0):
     return draft, head, kept, dense, records
 
 
-def ours(draft, head, kept, batches):
+def ours(draft, head, kept, batches, steps=STEPS):
     """(loss, per-step loss sums, counts, hits) with gradients accumulated into draft, over packed rows."""
-    step = DraftStep(draft, head, kept, STEPS, DECAY)
+    step = DraftStep(draft, head, kept, steps, DECAY)
     normaliser = sum(step.loss_rows(batch) for batch in batches)
     results = [step(batch, normaliser) for batch in batches]
     loss = sum(result.loss for result in results)
@@ -74,9 +96,11 @@ def ours(draft, head, kept, batches):
     return loss, sum(r.loss_sum for r in results), sum(r.loss_rows for r in results), sum(r.hits for r in results)
 
 
-def reference(draft, head, kept, dense):
+def reference(draft, head, kept, dense, steps=STEPS):
     weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
-    sums, counts, hits = step_losses(weights, CONFIG, head.embedding_VH, head.head_VH, kept, dense, STEPS)
+    rope = (draft.rotary.frequencies_e, draft.rotary.factor)
+    found = step_losses(weights, draft.config, rope, head.embedding_VH, head.head_VH, kept, dense, steps)
+    sums, counts, hits = found
     loss = sum(DECAY**i * s / max(c, 1) for i, (s, c) in enumerate(zip(sums, counts, strict=True)))
     loss.backward()
     return loss, sums, counts, hits, weights
@@ -94,23 +118,84 @@ def pack(records, dtype):
     return FeatureBatch.pack(records, torch.device("cpu"), dtype)
 
 
-@pytest.mark.parametrize("supervised", [1.0, 0.5, 0.2])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
-def test_equals_dense_reference(supervised, dtype, bound):
-    """fp64 is bounded by the logits, which the step takes in fp32 by design."""
-    draft, head, kept, dense, records = make(supervised, dtype)
-    loss, sums, counts, hits = ours(draft, head, kept, [pack(records, dtype)])
-    want_loss, want_sums, want_counts, want_hits, weights = reference(draft, head, kept, dense)
+def compare(supervised, dtype, bound, config=CONFIG, steps=STEPS, packed=True):
+    draft, head, kept, dense, records = make(supervised, dtype, config=config)
+    batches = [pack(records, dtype)] if packed else [pack([record], dtype) for record in records]
+    loss, sums, counts, hits = ours(draft, head, kept, batches, steps)
+    want_loss, want_sums, want_counts, want_hits, weights = reference(draft, head, kept, dense, steps)
+    assert sum(want_counts) > 0
     assert counts.tolist() == want_counts
     assert hits.tolist() == want_hits
-    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
-    torch.testing.assert_close(
-        sums,
-        torch.tensor([float(s) if isinstance(s, float) else s.item() for s in want_sums], dtype=sums.dtype),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    assert loss.item() == pytest.approx(want_loss.item(), rel=bound)
+    want = torch.stack([torch.as_tensor(found).detach() for found in want_sums]).to(sums.dtype)
+    torch.testing.assert_close(sums, want, rtol=bound, atol=bound)
     assert difference(draft, weights) < bound
+
+
+BOUNDS = pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+
+
+@BOUNDS
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("supervised", [1.0, 0.5, 0.1])
+def test_equals_dense_reference(supervised, packed, dtype, bound):
+    compare(supervised, dtype, bound, packed=packed)
+
+
+@BOUNDS
+@pytest.mark.parametrize("steps", range(1, STEPS))
+def test_equals_dense_reference_at_every_number_of_steps(steps, dtype, bound):
+    compare(0.5, dtype, bound, steps=steps)
+
+
+@BOUNDS
+@pytest.mark.parametrize("kind", ROPES)
+def test_equals_dense_reference_with_every_rope(kind, dtype, bound):
+    compare(0.5, dtype, bound, config=replace(CONFIG, rope_parameters=ROPES[kind]))
+
+
+@BOUNDS
+@pytest.mark.parametrize("norms", [{"fc_norm"}, {"norm_before_fc"}, {"norm_output"}, {"fc_norm", "norm_output"}])
+def test_equals_dense_reference_with_the_norms_of_eagle_3_1(norms, dtype, bound):
+    compare(0.5, dtype, bound, config=replace(CONFIG, **dict.fromkeys(norms, True)))
+
+
+def frequencies(rope, dim):
+    """Of each kind, from its definition: base theta^(-2k / dim), and what the kind does to it."""
+    theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    plain = [theta ** (-2 * k / dim) for k in range(dim // 2)]
+    original = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] == "linear":
+        return [f / factor for f in plain], 1.0
+    if rope["rope_type"] == "dynamic":  # as serving engines do: fixed, for the longest text
+        theta *= (factor**2 - factor + 1) ** (dim / (dim - 2))
+        return [theta ** (-2 * k / dim) for k in range(dim // 2)], 1.0
+    if rope["rope_type"] == "llama3":
+        found = []
+        for f in plain:
+            turns = original * f / (2 * math.pi)  # over the original length; full turns are kept, slow ones stretched
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+            found.append(kept * f + (1 - kept) * f / factor)
+        return found, 1.0
+    if rope["rope_type"] == "yarn":
+
+        def pair(turns):  # the pair of elements that makes so many turns over the original length
+            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
+        stretched = [min(max((k - low) / (high - low), 0.0), 1.0) for k in range(dim // 2)]
+        mixed = [s * f / factor + (1 - s) * f for f, s in zip(plain, stretched, strict=True)]
+        return mixed, 0.1 * math.log(factor) + 1
+    return plain, 1.0
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_frequencies_are_their_definition(kind):
+    rotary = Rotary(replace(CONFIG, rope_parameters=ROPES[kind]))
+    want, factor = frequencies(ROPES[kind], CONFIG.head_dim)
+    assert rotary.frequencies_e.tolist() == pytest.approx(want, rel=1e-5)
+    assert rotary.factor == pytest.approx(factor)
 
 
 def test_packed_equals_unpacked():
