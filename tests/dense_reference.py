@@ -19,7 +19,7 @@ def rotate(x_TnE, positions, rope):
     return x_TnE * cos + torch.cat([-x_TnE[..., dim // 2 :], x_TnE[..., : dim // 2]], -1) * sin
 
 
-def step_losses(w, config, rope, embedding_VH, head_VH, kept, records, steps):
+def step_losses(w, config, rope, embedding_VH, head_VH, kept, records, steps, kind="kl"):
     """Lists over steps of (sum of losses, loss rows), summed over records.
 
     w: parameters by their names on disk; rope: (a frequency for each pair of a head's elements, factor of cosine and
@@ -76,7 +76,13 @@ def step_losses(w, config, rope, embedding_VH, head_VH, kept, records, steps):
                 if not in_turn or top1 not in kept:
                     continue
                 p = teacher_TV[t + 1 + i][kept].softmax(-1)
-                sums[i] = sums[i] - (p * logits[t].log_softmax(-1)).sum()
+                if kind == "kl":
+                    row_loss = -(p * logits[t].log_softmax(-1)).sum()
+                else:
+                    row_loss = (
+                        -torch.minimum(teacher_TV[t + 1 + i].softmax(-1)[kept], logits[t].softmax(-1)).sum().log()
+                    )
+                sums[i] = sums[i] + row_loss
                 counts[i] += 1
                 hits[i] += int(kept[logits[t].argmax()]) == top1
     return sums, counts, hits

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from specforge.draft.loss import FusedCrossEntropy
+from specforge.draft.loss import FusedLoss, Teacher
 from specforge.draft.model import Eagle3Draft
 from specforge.draft.unroll import unroll
 from specforge.records import FeatureBatch, TargetHead
@@ -27,10 +27,13 @@ class StepResult:
 class DraftStep(nn.Module):
     """The draft, the frozen parts of the target that it learns from, and the loss."""
 
-    def __init__(self, draft: Eagle3Draft, head: TargetHead, kept_D: Tensor, steps: int, decay: float) -> None:
+    def __init__(
+        self, draft: Eagle3Draft, head: TargetHead, kept_D: Tensor, steps: int, decay: float, loss: str = "kl"
+    ) -> None:
+        """`loss`: kl or lk (loss.py)."""
         super().__init__()
         self.draft = draft
-        self.steps, self.decay = steps, decay
+        self.steps, self.decay, self.loss = steps, decay, loss
         draft_id_V = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=kept_D.device)
         draft_id_V[kept_D] = torch.arange(len(kept_D), device=kept_D.device)
         # Plain attributes, not buffers: nothing of the target is trained, cast, broadcast or saved.
@@ -74,12 +77,13 @@ class DraftStep(nn.Module):
         step_m = step_M[known_M]
         step_i = torch.arange(self.steps, device=normaliser.device, dtype=torch.float64)
         share_i = self.decay**step_i / normaliser.clamp(min=1)
-        loss, loss_m, best_m = FusedCrossEntropy.apply(
+        teacher = Teacher(
+            head=head, head_DH=teacher_head_DH, last_SH=batch.last, lse_S=batch.teacher_lse, kind=self.loss
+        )
+        loss, loss_m, best_m = FusedLoss.apply(
             self.draft.norm(hidden_MH[known_M]),
             self.draft.lm_head.weight,
-            batch.last,
-            teacher_head_DH,
-            head,
+            teacher,
             teacher_M[known_M],
             share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m],
         )

@@ -86,9 +86,9 @@ def make(supervised: float, dtype: torch.dtype, seed: int = 0, config: DraftConf
     return draft, head, kept, dense, records
 
 
-def ours(draft, head, kept, batches, steps=STEPS):
+def ours(draft, head, kept, batches, steps=STEPS, kind="kl"):
     """(loss, per-step loss sums, counts, hits) with gradients accumulated into draft, over packed rows."""
-    step = DraftStep(draft, head, kept, steps, DECAY)
+    step = DraftStep(draft, head, kept, steps, DECAY, kind)
     normaliser = sum(step.loss_rows(batch) for batch in batches)
     results = [step(batch, normaliser) for batch in batches]
     loss = sum(result.loss for result in results)
@@ -96,10 +96,10 @@ def ours(draft, head, kept, batches, steps=STEPS):
     return loss, sum(r.loss_sum for r in results), sum(r.loss_rows for r in results), sum(r.hits for r in results)
 
 
-def reference(draft, head, kept, dense, steps=STEPS):
+def reference(draft, head, kept, dense, steps=STEPS, kind="kl"):
     weights = {n: p.detach().clone().requires_grad_() for n, p in draft.named_parameters()}
     rope = (draft.rotary.frequencies_e, draft.rotary.factor)
-    found = step_losses(weights, draft.config, rope, head.embedding_VH, head.head_VH, kept, dense, steps)
+    found = step_losses(weights, draft.config, rope, head.embedding_VH, head.head_VH, kept, dense, steps, kind)
     sums, counts, hits = found
     loss = sum(DECAY**i * s / max(c, 1) for i, (s, c) in enumerate(zip(sums, counts, strict=True)))
     loss.backward()
@@ -118,11 +118,11 @@ def pack(records, dtype):
     return FeatureBatch.pack(records, torch.device("cpu"), dtype)
 
 
-def compare(supervised, dtype, bound, config=CONFIG, steps=STEPS, packed=True):
+def compare(supervised, dtype, bound, config=CONFIG, steps=STEPS, packed=True, kind="kl"):
     draft, head, kept, dense, records = make(supervised, dtype, config=config)
     batches = [pack(records, dtype)] if packed else [pack([record], dtype) for record in records]
-    loss, sums, counts, hits = ours(draft, head, kept, batches, steps)
-    want_loss, want_sums, want_counts, want_hits, weights = reference(draft, head, kept, dense, steps)
+    loss, sums, counts, hits = ours(draft, head, kept, batches, steps, kind)
+    want_loss, want_sums, want_counts, want_hits, weights = reference(draft, head, kept, dense, steps, kind)
     assert sum(want_counts) > 0
     assert counts.tolist() == want_counts
     assert hits.tolist() == want_hits
@@ -158,6 +158,13 @@ def test_equals_dense_reference_with_every_rope(kind, dtype, bound):
 @pytest.mark.parametrize("norms", [{"fc_norm"}, {"norm_before_fc"}, {"norm_output"}, {"fc_norm", "norm_output"}])
 def test_equals_dense_reference_with_the_norms_of_eagle_3_1(norms, dtype, bound):
     compare(0.5, dtype, bound, config=replace(CONFIG, **dict.fromkeys(norms, True)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("supervised", [1.0, 0.5, 0.1])
+def test_equals_dense_reference_with_the_loss_of_acceptance(supervised, dtype, bound):
+    """Its bound in fp64 is that of the stored logsumexp, which is fp32."""
+    compare(supervised, dtype, bound, kind="lk")
 
 
 def frequencies(rope, dim):
