@@ -25,7 +25,7 @@ check: env  ## lint, format, types, import layers
 	.venv/bin/lint-imports
 
 test: env  ## the tests, less proofs and those that need a GPU
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 proof: env  ## the slow proofs
 	.venv/bin/python -m pytest -m proof $(ARGS)

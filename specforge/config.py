@@ -144,13 +144,24 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     data: Path = Field(Path("cache/dataset/mix"), description="with --online: a prepared folder or JSONL file")
     test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")
+    init_from: Path | None = Field(None, description="start from this draft, and keep its vocabulary and layers")
+    deepspeed: bool = Field(True, description="train with DeepSpeed, else with plain torch: the same numbers")
     deepspeed_config: Path = Field(Path("ds_config.json"), description="DeepSpeed's own settings")
+    loss: Literal["kl", "lk"] = Field(
+        "kl", description="kl: cross-entropy against the target; lk: minus the log of the acceptance at temperature 1"
+    )
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
     epochs: int = Field(10, ge=1)
     rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="the learning rate after its rise")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
     max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=False)
+    max_spike: float = Field(20, gt=1, description="skip a step whose gradient norm is so many times the median")
+    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better acceptance")
+    tracker: Literal["tensorboard", "wandb", "none"] = Field(
+        "tensorboard", description="where metrics go beside metrics.jsonl"
+    )
     seed: int = 0
     save_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints (and at each epoch's end)")
     keep: int = Field(2, ge=1, description="checkpoints to keep besides the best draft")

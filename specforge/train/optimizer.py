@@ -105,11 +105,13 @@ def _autos(config: dict[str, Any]) -> Iterator[str]:
             yield from _autos(value)
 
 
-def learning_rate(step: int, total: int, peak: float, warmup_share: float) -> float:
-    """Linear rise over the first share of the steps, then half a cosine to zero. `step` counts from 0."""
+def learning_rate(step: int, total: int, peak: float, warmup_share: float, schedule: str = "cosine") -> float:
+    """Linear rise over the first share of the steps, then half a cosine to zero, or constant. `step` counts from 0."""
     warmup = max(1, round(total * warmup_share))
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 

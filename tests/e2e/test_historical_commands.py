@@ -44,6 +44,7 @@ def test_prepare_data_by_hub_name_says_what_to_do(work, name):
     assert "fix:" in said
 
 
+@pytest.mark.proof
 def test_prepare_hidden_states(work):
     flags = (
         "--model-path target --enable-aux-hidden-states --data-path rows.jsonl --chat-template llama3 "
@@ -71,6 +72,7 @@ def test_train_eagle3_online(work):
     assert (work / "online/best/model.safetensors").is_file()
 
 
+@pytest.mark.proof
 def test_train_eagle3_under_deepspeed(work):
     flags = (
         "--deepspeed_config ds_config.json --basepath target --cache_dir cache_dir --savedir saved "
@@ -83,6 +85,7 @@ def test_train_eagle3_under_deepspeed(work):
     assert (work / "saved/best/model.safetensors").is_file()
 
 
+@pytest.mark.proof
 def test_example_usage(work):
     assert "engine" in run([sys.executable, f"{SCRIPTS}/example_usage.py", "--example", "check"], work)
     script = [sys.executable, f"{SCRIPTS}/example_usage.py", "--example", "download"]

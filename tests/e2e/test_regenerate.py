@@ -121,6 +121,7 @@ def test_a_run_that_was_killed_twice_gives_the_same_file(work):
     assert not list(work.glob("*progress*"))
 
 
+@pytest.mark.proof
 def test_two_ranks_give_the_same_file(work):
     run(embedded("tp2.jsonl", "--tp-size", 2), work)
     assert same(work / "tp2.jsonl", work / "unbroken.jsonl")
@@ -135,6 +136,7 @@ def drawn(work) -> Path:
     return work / "drawn.jsonl"
 
 
+@pytest.mark.proof
 def test_draws_repeat_for_a_seed_whatever_runs_beside_them(work, drawn):
     again = embedded("again.jsonl", *DRAW, "--seed", 3, "--concurrency", 3)
     kill_when(again, work, lambda: progress(work / "again.jsonl") >= 5)
@@ -142,11 +144,13 @@ def test_draws_repeat_for_a_seed_whatever_runs_beside_them(work, drawn):
     assert same(work / "again.jsonl", drawn)
 
 
+@pytest.mark.proof
 def test_two_ranks_draw_the_same(work, drawn):
     run(embedded("drawn2.jsonl", *DRAW, "--seed", 3, "--tp-size", 2), work)
     assert same(work / "drawn2.jsonl", drawn)
 
 
+@pytest.mark.proof
 def test_another_seed_draws_something_else(work, drawn):
     run(embedded("other.jsonl", *DRAW, "--seed", 4), work)
     assert (work / "other.jsonl").read_bytes() != drawn.read_bytes()
@@ -192,6 +196,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.proof
 def test_a_server_that_is_killed_and_started_again_gives_the_file_of_the_embedded_engine(work):
     port = free_port()
     asking = regenerate("served.jsonl", "--server", f"http://127.0.0.1:{port}", "--concurrency", 4)

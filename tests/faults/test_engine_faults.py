@@ -55,6 +55,7 @@ def test_a_pass_without_memory_is_halved_down_to_one_sample_which_is_set_aside(l
     assert 3 < len(found["passes"]) < 50
 
 
+@pytest.mark.proof
 def test_all_ranks_of_a_replica_halve_where_one_lacks_memory(long_target):
     found = result(worker("one_rank_without_memory", long_target, ranks=2))
     assert found["set_aside"] == [0]  # 8,000 tokens alone
@@ -130,6 +131,7 @@ def written(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if not path.name.startswith(".")}
 
 
+@pytest.mark.proof
 def test_more_than_one_in_a_thousand_ends_the_capture_and_says_so_once(poisoned):
     """Two replicas: whichever of them meets the second bad record tells of it."""
     rows = data(poisoned, "two", 101, {17, 60})
@@ -185,7 +187,10 @@ def with_signal(command: list[str], folder: Path, log: Path, which: signal.Signa
 
 @pytest.mark.parametrize(
     ("which", "message"),
-    [(signal.SIGSTOP, "rank 1 did not answer"), (signal.SIGKILL, "rank 1 by SIGKILL (out of memory?)")],
+    [
+        pytest.param(signal.SIGSTOP, "rank 1 did not answer", marks=pytest.mark.proof),
+        (signal.SIGKILL, "rank 1 by SIGKILL (out of memory?)"),
+    ],
 )
 def test_a_rank_that_stops_or_dies_ends_all_and_is_named(poisoned, which, message):
     rows = data(poisoned, f"rows{int(which)}", 400, set())

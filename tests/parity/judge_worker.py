@@ -25,14 +25,19 @@ from specforge.target import weights
 
 
 def main() -> None:
-    target, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    target, folder, norms = Path(sys.argv[1]), Path(sys.argv[2]), dict.fromkeys(sys.argv[3:], True)
     ranks = launch.join(1)
     info = weights.describe(str(target))
     engine = engines.load(EngineSettings(engine="sglang", tokens_per_batch=1024), info, ranks)
     head = weights.load_head(info, torch.bfloat16)
     kept = torch.arange(0, info.vocab_size, 2)
-    draft = Eagle3Draft(DraftConfig.for_target(info, engine.aux_layers, len(kept)))
+    draft = Eagle3Draft(DraftConfig.for_target(info, engine.aux_layers, len(kept), **norms))
     draft.initialise(head, kept, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # norms that are all one would be missed by nobody
+        for parameter in draft.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     draft_folder.save(folder, draft, kept, draft.state_dict(), torch.bfloat16)
     draft, _ = draft_folder.load(folder, torch.bfloat16)
 

@@ -19,7 +19,9 @@ from tests import tiny
 WORKER = Path(__file__).with_name("equality_worker.py")
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.015)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 0.015, marks=pytest.mark.proof)]
+)
 def test_a_capture_by_two_replicas_of_two_ranks_equals_each_conversation_alone(tmp_path, dtype, bound):
     target = tiny.make_target(tmp_path / "target", dtype=dtype, spread=0.02)
     rows = tmp_path / "data"
