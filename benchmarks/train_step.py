@@ -9,6 +9,8 @@ process of its own. `tests/eager_reference.py` is frozen: its hash is checked.""
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import hashlib
 import json
 import random
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import specforge  # noqa: F401  before torch: it sets how CPU libraries allocate and repeat
@@ -128,7 +131,7 @@ def workload(name: str, case: Case) -> tuple[list[FeatureBatch], list[list[dict[
         return [packed(records, case.head)], [records], TOKENS
     source = random.Random(0)
     records = [record(source.choice(CHAT), 0.5, at, case.head) for at in range(16)]
-    rows = pack_rows([len(one["ids"]) for one in records], TOKENS, seed=0, epoch=0)
+    rows = pack_rows(np.array([len(one["ids"]) for one in records]), TOKENS, seed=0, epoch=0)
     ours = [packed([records[at] for at in row], case.head) for row in rows]
     return ours, [records[:8], records[8:]], sum(len(one["ids"]) for one in records)
 
@@ -161,6 +164,8 @@ def peak(name: str, which: str) -> float:
     """MB by which the resident set's peak grows in one step; run in a process of its own."""
     case = Case()
     ours, eager, _ = workload(name, case)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what the set-up freed would hide the first growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
     before = peak_kb()
     case.ours(ours) if which == "ours" else case.eager(eager)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from specforge.records import TargetHead
 
-CHUNK = 128  # teacher rows
+CHUNK = 256  # teacher rows
 MULTIPLE = 64  # rows are filled up to it with zeros of no weight: few shapes (unroll.py says why)
 
 
