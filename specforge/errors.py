@@ -39,5 +39,9 @@ class StoreError(SpecforgeError):
     """A feature store that is damaged, or that belongs to something else."""
 
 
+class TrainingError(SpecforgeError):
+    """A run that cannot go on."""
+
+
 class CheckpointError(SpecforgeError):
     """A draft folder or checkpoint that cannot be used."""

@@ -319,6 +319,7 @@ class DraftJudge(Protocol):
 class RecordSource(Protocol):
     """Where features come from: the store, or the live engine. Both give the same records for the same rows."""
 
+    kind: str  # what the time is spent on: "data" or "target"
     lengths: NDArray[np.int64]  # [records] tokens of each record
 
     def batches(self, slots: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[FeatureRecord]]:

@@ -80,12 +80,10 @@ class DraftStep(nn.Module):
         teacher = Teacher(
             head=head, head_DH=teacher_head_DH, last_SH=batch.last, lse_S=batch.teacher_lse, kind=self.loss
         )
+        weight_m = share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m]
+        normed_mH = self.draft.norm(hidden_MH[known_M])
         loss, loss_m, best_m = FusedLoss.apply(
-            self.draft.norm(hidden_MH[known_M]),
-            self.draft.lm_head.weight,
-            teacher,
-            teacher_M[known_M],
-            share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m],
+            normed_mH, self.draft.lm_head.weight, teacher, teacher_M[known_M], weight_m
         )
         if idle:
             none = self.no_rows()
@@ -101,7 +99,7 @@ class DraftStep(nn.Module):
 
     def _blank(self) -> FeatureBatch:
         """One record of three tokens with one row that counts, for a rank that has none."""
-        weight, device = self.draft.fc.weight, self.kept_D.device
+        config, dtype, device = self.draft.config, self.frozen[1].dtype, self.kept_D.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -112,8 +110,8 @@ class DraftStep(nn.Module):
             token_ids=zeros(3),
             positions=torch.arange(3, device=device),
             depth=torch.tensor([1, 0, 0], device=device),
-            aux=zeros(3, weight.shape[1], dtype=weight.dtype),
-            last=zeros(1, weight.shape[0], dtype=weight.dtype),
+            aux=zeros(3, len(config.aux_layers) * config.hidden_size, dtype=dtype),
+            last=zeros(1, config.hidden_size, dtype=dtype),
             teacher_index=torch.tensor([-1, 0, -1], device=device),
             teacher_top1=self.kept_D[:1].clone(),
             teacher_lse=zeros(1, dtype=torch.float32),

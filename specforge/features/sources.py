@@ -18,6 +18,8 @@ from specforge.records import Example, FeatureBatch, FeatureRecord, Ranks, Recor
 class StoreSource:
     """RecordSource over a finished store: each rank reads its own rows only, and decodes them on its device."""
 
+    kind = "data"
+
     def __init__(self, store: Store, tp_rank: int, device: torch.device) -> None:
         self.lengths, self._store, self._tp_rank, self._device = store.lengths, store, tp_rank, device
 
@@ -28,6 +30,8 @@ class StoreSource:
 
 class LiveSource:
     """RecordSource over the live engine: the ranks of a replica capture all its rows together, each keeps its own."""
+
+    kind = "target"
 
     def __init__(self, engine: TargetEngine, examples: Sequence[Example], tp_rank: int) -> None:
         self.lengths: NDArray[np.int64] = np.array([len(example.token_ids) for example in examples], dtype=np.int64)

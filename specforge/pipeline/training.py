@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from specforge.console import is_main_rank, say
 from specforge.data import prepared, vocab
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
-from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
 from specforge.errors import ConfigError, StoreError
 from specforge.evaluate.acceptance import teacher_forced
@@ -43,6 +44,8 @@ from specforge.train import checkpoint
 from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training
 from specforge.train.optimizer import DraftOptimizer, deepspeed_config
+from specforge.train.plain import PlainOptimizer
+from specforge.train.tracker import Tracker
 
 
 def train(settings: TrainSettings) -> int | None:
@@ -91,6 +94,7 @@ def _train_from_store(
 
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
+    settings = _with_layers_of_draft(settings)
     layers = engines.aux_layers_of(settings, info)
     splits = prepared.load_splits(settings.data, tokenizer, settings, test=settings.test_data)
     check_lengths(splits, settings.tokens_per_batch)
@@ -122,24 +126,31 @@ def _train(
     ds_config = deepspeed_config(settings, ranks)
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
     identity = _identity(settings, info, layers, data_hash, str(dtype))
+    initial = _initial(settings, info, layers) if settings.init_from else None
     state, kept, tensors = _resume_point(settings, identity)
     if is_main_rank() and not settings.resume:  # or a later resume would find the run that was given up
         for name in ("checkpoints", "best"):
             shutil.rmtree(settings.output / name, ignore_errors=True)
+    if kept is None and initial:
+        kept = initial[1].numpy()
     if kept is None:
         kept = vocab.choose(counts_V, settings.draft_vocab_size, tokenizer.special_ids())
     if is_main_rank():
         write_json(settings.output / "run.json", {"settings": settings.model_dump(mode="json"), "identity": identity})
     kept_D = torch.from_numpy(kept).to(ranks.device)
     head = weights.load_head(info, dtype)
-    draft = Eagle3Draft(
-        DraftConfig.for_target(info, layers, len(kept), settings.draft_intermediate_size, **settings.norms())
+    if initial:
+        draft = initial[0]
+    else:
+        sizes = (len(kept), settings.draft_intermediate_size)
+        draft = Eagle3Draft(DraftConfig.for_target(info, layers, *sizes, **settings.norms()))
+        draft.initialise(head, kept_D.cpu(), settings.seed)
+    step = DraftStep(
+        draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay, settings.loss
     )
-    draft.initialise(head, kept_D.cpu(), settings.seed)
-    step = DraftStep(draft.to(ranks.device), head.to(ranks.device), kept_D, settings.steps, settings.step_decay)
-    optimizer = DraftOptimizer(step, ds_config, ranks)
+    optimizer = (DraftOptimizer if settings.deepspeed else PlainOptimizer)(step, ds_config, ranks)
     if state is not None and tensors is not None:
-        optimizer.load_state(tensors, state.updates)
+        optimizer.load_state(tensors, state.applied)
         del tensors  # three times the draft in fp32
         say(f"going on after step {state.updates}, epoch {state.epoch + 1}")
     say(
@@ -157,7 +168,10 @@ def _train(
         rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
         return share_out(rows, settings.rows_per_step, ranks.world)
 
-    run_training(
+    tracker = None
+    if is_main_rank() and settings.tracker != "none":
+        tracker = Tracker(settings.tracker, settings.output, settings.model_dump(mode="json"))
+    finished = run_training(
         Run(
             settings=settings,
             ranks=ranks,
@@ -168,9 +182,15 @@ def _train(
             evaluate=evaluate,
             identity=identity,
             dtype=dtype,
+            tracker=tracker,
             state=state or checkpoint.RunState(),
         )
     )
+    if tracker:
+        tracker.close()
+    if not finished:
+        leave(ranks)
+        return None
     few = held_out_rows[:1] if engine else []
     records = [record for found in sources["test"].batches([few * ranks.tp_size]) for record in found] if few else []
     passed = after_training(settings.output / "best", info, tokenizer, engine, records, ranks)
@@ -178,6 +198,33 @@ def _train(
         say_serving(settings.output / "best", info.path, settings.steps)
     leave(ranks)
     return None if passed else 2
+
+
+def _initial(settings: TrainSettings, info: TargetInfo, layers: tuple[int, ...]) -> tuple[Eagle3Draft, torch.Tensor]:
+    """(draft, draft vocabulary) to start from. Raises ConfigError where that draft does not fit the target."""
+    assert settings.init_from
+    draft, kept_D = draft_folder.load(settings.init_from, torch.float32)
+    old = draft.config
+    norms = {name: getattr(old, name) for name in NORMS}
+    wanted = DraftConfig.for_target(info, layers, len(kept_D), old.intermediate_size, **norms)
+    for field in fields(DraftConfig):
+        one, two = getattr(old, field.name), getattr(wanted, field.name)
+        if one != two and field.name not in ("target_fingerprint", "token_ids"):
+            raise ConfigError(
+                f"the draft to start from has another {field.name}: {one}, this run needs {two}",
+                where=f"--init-from {settings.init_from}/config.json",
+                fix="start from a draft of this target and these --aux-layers, or train anew",
+            )
+    draft.config = wanted
+    return draft, kept_D
+
+
+def _with_layers_of_draft(settings: TrainSettings) -> TrainSettings:
+    """--aux-layers of the draft that is started from, where there is one and nothing else is said."""
+    if settings.init_from is None or settings.aux_layers:
+        return settings
+    draft, _ = draft_folder.load(settings.init_from, torch.float32)
+    return settings.model_copy(update={"aux_layers": draft.config.aux_layers})
 
 
 def _layers_of_store(
@@ -206,7 +253,9 @@ def _identity(
     settings: TrainSettings, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with."""
-    shared = ("steps", "step_decay", "epochs", "row_tokens", "rows_per_step", "lr", "warmup_share", "max_grad_norm")
+    shared = (
+        "loss steps step_decay epochs row_tokens rows_per_step lr schedule warmup_share max_grad_norm max_spike"
+    ).split()
     return {
         "target_fingerprint": info.fingerprint,
         "data_hash": data_hash,
@@ -216,6 +265,7 @@ def _identity(
         "draft_vocab_size": settings.draft_vocab_size,
         "draft_intermediate_size": settings.draft_intermediate_size,
         **settings.norms(),
+        "init_from": str(settings.init_from.resolve()) if settings.init_from else None,
         **{name: getattr(settings, name) for name in shared},
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ class RunState:
     """Where a run is. Everything else follows from its settings, seed and data."""
 
     updates: int = 0  # optimizer steps done
+    applied: int = 0  # of them, those that were not skipped
     epoch: int = 0  # the epoch that the next step belongs to
     step_in_epoch: int = 0
     best_length: float = 0.0
     best_epoch: int = -1
+    norms: list[float] = field(default_factory=list)  # of the gradient, in the last steps that were applied
+    skipped_in_a_row: int = 0
+    went_back: bool = False
 
 
 def save(

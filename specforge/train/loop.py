@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,12 +19,18 @@ from specforge.config import TrainSettings
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.draft import folder as draft_folder
 from specforge.draft.step import DraftStep, StepResult
+from specforge.errors import TrainingError
 from specforge.files import replacing
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource
 from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
 from specforge.train.optimizer import DraftOptimizer, learning_rate
+from specforge.train.plain import PlainOptimizer
+from specforge.train.timing import Clock, Sigterm
+from specforge.train.tracker import Tracker
 
+NORMS_KEPT, NORMS_NEEDED = 100, 20  # gradient norms that a spike is told by
+SKIPS_ALLOWED = 3  # in a row
 Slots = list[list[list[Sequence[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
 
 
@@ -34,12 +41,13 @@ class Run:
     settings: TrainSettings
     ranks: Ranks
     step: DraftStep
-    optimizer: DraftOptimizer
+    optimizer: DraftOptimizer | PlainOptimizer
     source: RecordSource
     plan: Callable[[int], Slots]  # epoch -> the rows of every rank
     evaluate: Callable[[], Acceptance]  # on held-out records; collective
     identity: dict[str, Any]  # what a resumed run must share
     dtype: torch.dtype
+    tracker: Tracker | None = None
     state: RunState = field(default_factory=RunState)
 
     @property
@@ -47,8 +55,8 @@ class Run:
         return self.settings.output
 
 
-def train(run: Run) -> None:
-    """All epochs from where `run.state` is."""
+def train(run: Run) -> bool:
+    """All epochs from where `run.state` is. False where SIGTERM ended it early, after a checkpoint."""
     settings, state = run.settings, run.state
     total = len(run.plan(0)) * settings.epochs  # other epochs may pack into a row more or less
     _trim_log(run)
@@ -56,70 +64,123 @@ def train(run: Run) -> None:
         untrained = run.evaluate()
         _log(run, {"epoch": 0, "held_out": untrained.as_json()})
         say(f"untrained  held-out acceptance length {untrained.length:.3f}")
-    while state.epoch < settings.epochs:
-        steps = run.plan(state.epoch)[state.step_in_epoch :]
-        own_slots = [[run.ranks.of_replica(slot) for slot in slots] for slots in steps]
-        records = run.source.batches([slot for slots in own_slots for slot in slots])
-        with progress(f"epoch {state.epoch + 1}/{settings.epochs}", len(steps), "steps") as bar:
-            for slots in steps:
-                began = time.perf_counter()
-                batches = [_packed(run, found) for found in islice(records, len(slots))]
-                row = _update(run, batches, total, began)
-                _log(run, row)
-                advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s")
-                if state.updates % settings.save_steps == 0:
-                    _save(run)
-        state.epoch, state.step_in_epoch = state.epoch + 1, 0
-        acceptance = run.evaluate()
-        better = acceptance.length > state.best_length
-        if better:
-            state.best_length, state.best_epoch = acceptance.length, state.epoch
-        _log(run, {"epoch": state.epoch, "held_out": acceptance.as_json()})
-        say(
-            f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
-            f"(walk {acceptance.walk_length:.3f})  per position "
-            + " ".join(f"{share:.2f}" for share in acceptance.share)
-            + ("  [green]best[/]" if better else "")
-        )
-        _save(run, best=better)
+    with Sigterm() as stop:
+        while state.epoch < settings.epochs:
+            steps = run.plan(state.epoch)[state.step_in_epoch :]
+            own_slots = [[run.ranks.of_replica(slot) for slot in slots] for slots in steps]
+            records = run.source.batches([slot for slots in own_slots for slot in slots])
+            with progress(f"epoch {state.epoch + 1}/{settings.epochs}", len(steps), "steps") as bar:
+                for slots in steps:
+                    clock = Clock()
+                    found = clock.timed(run.source.kind, lambda: list(islice(records, len(slots))))  # noqa: B023
+                    batches = clock.timed("data", lambda: [_packed(run, one) for one in found])  # noqa: B023
+                    row = _update(run, batches, total, stop.asked)
+                    _log(run, row | clock.rates(row))
+                    advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens'] / clock.seconds:,.0f} tokens/s")
+                    if state.updates % settings.save_steps == 0 or row["stop"]:
+                        _save(run)
+                    if row["stop"]:
+                        say(f"stopped by SIGTERM after step {state.updates}; the same command goes on from there")
+                        return False
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            _end_of_epoch(run)
+            if settings.patience and state.epoch - state.best_epoch >= settings.patience:
+                say(f"no better acceptance for {settings.patience} epochs: stopped early")
+                break
     say(f"best: epoch {state.best_epoch}, held-out acceptance length {state.best_length:.3f}")
+    return True
 
 
-def _update(run: Run, batches: list[FeatureBatch | None], total: int, began: float) -> dict[str, Any]:
+def _update(run: Run, batches: list[FeatureBatch | None], total: int, stop: bool) -> dict[str, Any]:
     """One optimizer step over this rank's packed rows."""
     settings, state = run.settings, run.state
     run.step.train()
     normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
     dist.all_reduce(normaliser)
-    rate = learning_rate(state.updates, total, settings.lr, settings.warmup_share)
-    run.optimizer.set_learning_rate(rate)
-    results = [run.optimizer.accumulate(batch, normaliser) for batch in batches]
+    results = run.optimizer.accumulate(batches, normaliser)
+    row = _measure(results, batches, normaliser, stop, run)
+    rate = learning_rate(state.updates, total, settings.lr, settings.warmup_share, settings.schedule)
+    norm, applied = run.optimizer.update(rate, math.isfinite(row["loss"]), _longest_norm(run))
     state.updates += 1
     state.step_in_epoch += 1
-    count = torch.tensor(sum(sum(batch.lengths) for batch in batches if batch), device=normaliser.device)
-    dist.all_reduce(count)
-    tokens = int(count)
-    return _measure(results, normaliser, tokens, run) | {
-        "step": state.updates,
-        "epoch": state.epoch,
-        "lr": rate,
-        "grad_norm": run.optimizer.gradient_norm(),
-        "tokens_per_second": tokens / (time.perf_counter() - began),
-    }
+    row |= {"step": state.updates, "epoch": state.epoch, "lr": rate, "grad_norm": norm, "applied": applied}
+    if applied:
+        state.applied, state.skipped_in_a_row = state.applied + 1, 0
+        state.norms = [*state.norms[1 - NORMS_KEPT :], norm]
+    else:
+        _skipped(run, row)
+    return row
 
 
-def _measure(results: list[StepResult], normaliser: Tensor, tokens: int, run: Run) -> dict[str, Any]:
-    """Sums over ranks and rows, as numbers a person reads."""
-    sums = torch.stack([sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")])
+def _longest_norm(run: Run) -> float:
+    """A gradient that is longer is a spike. Unknown until there is something to compare with."""
+    norms = run.state.norms
+    return run.settings.max_spike * statistics.median(norms) if len(norms) >= NORMS_NEEDED else math.inf
+
+
+def _skipped(run: Run, row: dict[str, Any]) -> None:
+    """Three in a row are no accident of the data: back to the last checkpoint, and on with the data that follows. Once.
+    Raises TrainingError at the second time."""
+    state = run.state
+    state.skipped_in_a_row += 1
+    say(f"[yellow]step {state.updates} skipped[/]: loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g}")
+    if state.skipped_in_a_row < SKIPS_ALLOWED:
+        return
+    found = checkpoint.checkpoints(run.output / "checkpoints")
+    if state.went_back or not found:
+        raise TrainingError(
+            f"{SKIPS_ALLOWED} steps in a row had a loss or gradient that is not finite, or a gradient "
+            f"{run.settings.max_spike:g} times as long as usual"
+            + (", again after going back to a checkpoint" if state.went_back else ""),
+            where=f"step {state.updates}, epoch {state.epoch + 1}; {run.output}/metrics.jsonl",
+            fix="lower --lr; if the loss is not finite, look for what the target makes of these conversations",
+        )
+    before, tensors = checkpoint.load(found[-1], run.identity)
+    run.optimizer.load_state(tensors, before.applied)
+    state.applied, state.norms, state.skipped_in_a_row, state.went_back = before.applied, before.norms, 0, True
+    say(f"[yellow]{SKIPS_ALLOWED} steps in a row skipped[/]: weights of {found[-1].name}, data goes on")
+
+
+def _end_of_epoch(run: Run) -> None:
+    state = run.state
+    acceptance = run.evaluate()
+    better = acceptance.length > state.best_length
+    if better:
+        state.best_length, state.best_epoch = acceptance.length, state.epoch
+    _log(run, {"epoch": state.epoch, "held_out": acceptance.as_json()})
+    say(
+        f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
+        f"(walk {acceptance.walk_length:.3f})  per position "
+        + " ".join(f"{share:.2f}" for share in acceptance.share)
+        + ("  [green]best[/]" if better else "")
+    )
+    _save(run, best=better)
+
+
+def _measure(
+    results: list[StepResult], batches: list[FeatureBatch | None], normaliser: Tensor, stop: bool, run: Run
+) -> dict[str, Any]:
+    """Sums over ranks and rows, as numbers a person reads. Once a step the host waits for the device: here."""
+    per_step = [sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")]
+    tokens = sum(sum(batch.lengths) for batch in batches if batch)
+    supervised = sum(len(batch.last) for batch in batches if batch)
+    scalars = torch.tensor([tokens, supervised, stop], dtype=torch.float64, device=normaliser.device)
+    sums = torch.cat([scalars, *per_step])
     dist.all_reduce(sums)
-    loss_i = sums[0] / normaliser.clamp(min=1)
-    weight_i = run.settings.step_decay ** torch.arange(run.settings.steps, device=sums.device)
+    tokens, supervised, stops, *found = torch.cat([sums, normaliser]).tolist()
+    steps = run.settings.steps
+    losses, hits, rows, counts = (found[at : at + steps] for at in range(0, 4 * steps, steps))
+    loss_i = [loss / max(count, 1) for loss, count in zip(losses, counts, strict=True)]
+    accuracy_i = [hit / max(count, 1) for hit, count in zip(hits, rows, strict=True)]
     return {
-        "loss": float((weight_i * loss_i).sum()),
-        "loss_by_step": [round(value, 5) for value in loss_i.tolist()],
-        "accuracy_by_step": [round(value, 5) for value in (sums[1] / sums[2].clamp(min=1)).tolist()],
-        "coverage": float(normaliser[0] / sums[2][0].clamp(min=1)),
-        "tokens": tokens,
+        "loss": sum(run.settings.step_decay**i * loss for i, loss in enumerate(loss_i)),
+        "loss_by_step": [round(loss, 5) for loss in loss_i],
+        "accuracy_by_step": [round(accuracy, 5) for accuracy in accuracy_i],
+        "expected_length": 1 + sum(math.prod(accuracy_i[: i + 1]) for i in range(steps)),
+        "coverage": counts[0] / max(rows[0], 1),
+        "tokens": int(tokens),
+        "supervised_tokens": int(supervised),  # but each turn's first, which nothing predicts
+        "stop": stops > 0,
     }
 
 
@@ -157,6 +218,12 @@ def _trim_log(run: Run) -> None:
 
 
 def _log(run: Run, row: dict[str, Any]) -> None:
+    """JSON knows no NaN: null stands for it."""
     if is_main_rank():
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if "held_out" not in row and not row["applied"]:
+            row["loss_by_step"] = None
         with (run.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if run.tracker:
+            run.tracker.write(row, run.state.updates)

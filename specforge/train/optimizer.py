@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specforge.config import TrainSettings
+from specforge.draft.step import StepResult
 from specforge.errors import ConfigError
 from specforge.records import FeatureBatch, Ranks
 
@@ -40,7 +42,8 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
     if stage not in (0, 1, 2) or config.get("fp16", {}).get("enabled") or (bf16 and stage == 0):
         raise ConfigError(
             "unsupported precision and ZeRO stage: bf16 needs stage 1 or 2 (stage 0 loses small updates), fp32 takes "
-            "0, 1 or 2, fp16 and stage 3 are not supported (the draft is one layer)",
+            "0, 1 or 2. fp16 is not supported, nor is stage 3: the draft is one layer, so it saves little, and it "
+            "waits for ever where ranks have rows of other lengths",
             where=f"{path}, 'bf16' and 'zero_optimization'",
             fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
         )
@@ -129,26 +132,45 @@ class DraftOptimizer:
             model=module, model_parameters=parameters, dist_init_required=False, config=config
         )
         self._world = ranks.world
+        self._stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.module = module
+        outer = self._engine.optimizer
+        if hasattr(outer, "check_grad_overflow"):
+            outer.check_grad_overflow = True  # in fp32 too
+        adam = outer.optimizer if hasattr(outer, "optimizer") else outer
+        adam.step = partial(self._step_if_sound, adam.step)
 
-    def accumulate(self, batch: FeatureBatch | None, normaliser: Tensor) -> Any:
-        """Forward and backward of one packed row. The gradient is the sum over ranks and rows, as the normaliser
-        expects: DeepSpeed's division by accumulation is off and its mean over ranks undone."""
-        result = self._engine(batch, normaliser)
-        self._engine.backward(result.loss * self._world, scale_wrt_gas=False)
-        self._engine.step()  # DeepSpeed updates only where the accumulation is complete
-        return result
+    def accumulate(self, batches: Sequence[FeatureBatch | None], normaliser: Tensor) -> list[StepResult]:
+        """Forward and backward of this rank's packed rows of one optimizer step. The gradient is the sum over ranks and
+        rows, as the normaliser expects: DeepSpeed's division by accumulation is off and its mean over ranks undone."""
+        results = []
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            result = self._engine(batch, normaliser)
+            self._engine.backward(result.loss * self._world, scale_wrt_gas=False)
+            results.append(result)
+            if left:
+                self._engine.step()  # counts the rows; updates after the last one only
+        return results
 
-    def set_learning_rate(self, value: float) -> None:
+    def update(self, rate: float, sound: bool, limit: float) -> tuple[float, bool]:
+        """The update with what was accumulated; nothing changes where the loss was not `sound`, or the gradient is not
+        finite or longer than `limit`. Returns (norm of the gradient before clipping, whether it was applied)."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = rate
+        self._sound, self._limit, self._applied, self._norm = sound, limit, False, math.inf
+        if not self._stage:  # the others know their norm, and keep none where it is not finite
+            gradients = [p.grad for _, p in self._named() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        return self._norm, self._applied
 
-    def gradient_norm(self) -> float:
-        """Before clipping, of the last update."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
-
-    def _partitioned(self) -> bool:
-        return hasattr(self._engine.optimizer, "single_partition_of_fp32_groups")
+    def _step_if_sound(self, step: Callable[[], Any]) -> None:
+        """In the place of AdamW's own step, so that no moment takes in what is skipped."""
+        if self._stage:
+            self._norm = float(self._engine.optimizer._global_grad_norm)
+        if self._sound and math.isfinite(self._norm) and self._norm <= self._limit:
+            self._applied = True
+            step()
 
     def state(self) -> dict[str, Tensor]:
         """fp32 weights by name, and `exp_avg.NAME`, `exp_avg_sq.NAME`; whole, on the CPU. Collective."""
@@ -156,7 +178,7 @@ class DraftOptimizer:
 
         found: dict[str, Tensor] = {}
         for name, parameter in self._named():
-            if self._partitioned():
+            if self._stage:
                 values = [safe_get_full_fp32_param(parameter)]
                 values += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
             else:
@@ -166,39 +188,36 @@ class DraftOptimizer:
                 found[prefix + name] = value.to("cpu", torch.float32).clone()
         return found
 
-    def weights(self) -> dict[str, Tensor]:
-        """fp32 weights by name, whole, on the CPU. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {
-            name: (safe_get_full_fp32_param(p) if self._partitioned() else p.detach()).to("cpu", torch.float32).clone()
-            for name, p in self._named()
-        }
-
     def load_state(self, state: dict[str, Tensor], updates: int) -> None:
         """The inverse of `state`, after `updates` optimizer steps. Every rank passes the same tensors."""
+        self._make_moments(updates)
+        for name, parameter in self._named():
+            values = {"": state[name], **{moment: state[f"{moment}.{name}"] for moment in MOMENTS}}
+            if self._stage:
+                self._load_whole(parameter, values)
+            else:
+                parameter.data.copy_(values[""])
+                for moment in MOMENTS:
+                    self._engine.optimizer.state[parameter][moment].copy_(values[moment])
+
+    def _make_moments(self, updates: int) -> None:
+        """AdamW makes its state at the first step: make it now, so that it can be filled."""
+        outer = self._engine.optimizer
+        flats = outer.single_partition_of_fp32_groups if self._stage else [parameter for _, parameter in self._named()]
+        adam = getattr(outer, "optimizer", outer)
+        for flat in flats:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            adam.state[flat] = {"step": torch.tensor(float(updates)), **moments}
+        if self._stage:
+            outer._lazy_init_hp_params_optimizer_state()
+
+    def _load_whole(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        optimizer, device = self._engine.optimizer, next(self.module.parameters()).device
-
-        def fresh(flat: Tensor) -> dict[str, Tensor]:
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            return {"step": torch.tensor(float(updates)), **moments}
-
-        if self._partitioned():  # AdamW makes its state at the first step: make it now, so that it can be filled
-            for flat in optimizer.single_partition_of_fp32_groups:
-                optimizer.optimizer.state[flat] = fresh(flat)
-            optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self._named():
-            parameter.data.copy_(state[name])
-            if self._partitioned():
-                safe_set_full_fp32_param(parameter, state[name].to(device))
-                for moment in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(device), moment)
-            else:
-                optimizer.state[parameter] = fresh(parameter)
-                for moment in MOMENTS:
-                    optimizer.state[parameter][moment].copy_(state[f"{moment}.{name}"])
+        parameter.data.copy_(values[""])
+        safe_set_full_fp32_param(parameter, values[""].to(parameter.device))
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, values[moment].to(parameter.device), moment)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name.removeprefix("draft."), p) for name, p in self.module.named_parameters()]

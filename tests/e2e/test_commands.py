@@ -80,6 +80,11 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
+def held_out(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["held_out"]["acceptance_length"] for row in rows if "held_out" in row]
+
+
 def newest(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
@@ -155,9 +160,15 @@ def checksums(folder: Path) -> dict[int, str]:
 
 def kill_when(arguments: list[str], folder: Path, ready) -> None:
     """SIGKILL the command as soon as `ready()`; it must still be running then."""
+    process = signalled(arguments, folder, ready, signal.SIGKILL)
+    process.communicate()
+
+
+def signalled(arguments: list[str], folder: Path, ready, which: signal.Signals) -> subprocess.Popen:
+    """The command, sent a signal as soon as `ready()`; it must still be running then."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        arguments, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
     while not ready():
@@ -165,8 +176,8 @@ def kill_when(arguments: list[str], folder: Path, ready) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(which)
+    return process
 
 
 def test_a_killed_capture_goes_on_with_the_same_bytes(work):
@@ -193,6 +204,38 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been_killed(work):
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
     assert losses(work / "resumed") == pytest.approx(losses(work / "offline"), rel=1e-6)
     assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_sigterm_saves_and_ends_well_within_30_seconds(work):
+    """As schedulers end a job; the run that goes on is the one that was never ended."""
+    training = train("--features", "feat", "--output", "ended")
+    metrics = work / "ended" / "metrics.jsonl"
+    far = lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 4  # noqa: E731
+    process = signalled(training, work, far, signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "stopped by SIGTERM after step" in said
+    assert "going on after step" in run(training, work)
+    assert losses(work / "ended") == pytest.approx(losses(work / "offline"), rel=1e-6)
+
+
+def test_plain_torch_gives_the_losses_of_deepspeed(work):
+    run(train("--features", "feat", "--output", "plain", "--no-deepspeed", "--tracker", "none"), work)
+    assert losses(work / "plain") == pytest.approx(losses(work / "offline"), rel=1e-4)
+    assert not (work / "plain" / "tensorboard").exists()
+    assert list((work / "offline" / "tensorboard").iterdir())
+
+
+def test_a_draft_that_another_starts_from_keeps_its_vocabulary_and_what_it_learned(work):
+    given = ["--features", "feat", "--init-from", "offline/best", "--schedule", "constant", "--loss", "lk"]
+    run(train(*given, "--output", "tuned", "--epochs", 1), work)
+    one, two = (load_file(work / run_name / "best" / "model.safetensors") for run_name in ("offline", "tuned"))
+    assert torch.equal(one["d2t"], two["d2t"])
+    assert held_out(work / "tuned")[0] == pytest.approx(max(held_out(work / "offline")), abs=0.02)  # bf16 on disk
+    said = run(
+        train(*given, "--output", "refused", "--aux-layers", 0, "--aux-layers", 2, "--aux-layers", 4), work, code=2
+    )
+    assert "--aux-layers" in said
 
 
 def test_resuming_another_run_is_refused(work):

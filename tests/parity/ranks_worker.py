@@ -1,5 +1,8 @@
-"""Run by test_ranks.py: two optimizer steps over three packed rows: with two ranks, one has none in the last;
-then the optimizer's whole state goes to a file."""
+"""Run by test_ranks.py: optimizer steps over four packed rows and over one in turn, so that with several ranks all but
+one have none in every second. Then the optimizer's whole state and the losses go to a file.
+
+    ranks_worker.py OUTPUT KIND DTYPE WORLD FIRST LAST [STATE]     KIND: plain, or DeepSpeed's ZeRO stage
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,54 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from specforge import launch
 from specforge.draft.step import DraftStep
 from specforge.features.packing import share_out
 from specforge.records import FeatureBatch
 from specforge.train.optimizer import DraftOptimizer
+from specforge.train.plain import PlainOptimizer
 from tests.unit.test_draft_step import DECAY, STEPS, make
+
+RATE, ROWS, SKIPPED = 1e-3, 4, (5, 7)
 
 
 def main() -> None:
-    output, stage, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    output, kind, dtype, world = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), int(sys.argv[4])
     ranks = launch.join(1)
     assert ranks.world == world
     draft, head, kept, _, records = make(0.8, torch.float32)
+    head = type(head)(embedding_VH=head.embedding_VH.to(dtype), head_VH=head.head_VH.to(dtype))
     step = DraftStep(draft, head, kept, STEPS, DECAY)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2 // world,
+        "gradient_accumulation_steps": ROWS // world,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "torch_adam": True}},
+        "zero_optimization": {"stage": 0 if kind == "plain" else int(kind)},
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "betas": [0.9, 0.95], "torch_adam": True}},
+        "steps_per_print": 1000000,
     }
-    optimizer = DraftOptimizer(step, config, ranks)
-    for slots in share_out([[1], [2], [4]], 2, world):  # the last optimizer step has one row
-        rows = [slot[ranks.rank] for slot in slots]
-        device = torch.device("cpu")
-        batches = [FeatureBatch.pack([records[at] for at in r], device, torch.float32) if r else None for r in rows]
+    optimizer = (PlainOptimizer if kind == "plain" else DraftOptimizer)(step, config, ranks)
+    first, last = int(sys.argv[5]), int(sys.argv[6])
+    if first:
+        state = {name: tensor for name, tensor in load_file(sys.argv[7]).items() if name != "losses"}
+        optimizer.load_state(state, first - sum(update < first for update in SKIPPED))
+    losses = []
+    slots = share_out([[1], [2], [4], [1], [2]], ROWS, world)
+    for update in range(first, last):
+        rows = [slot[ranks.rank] for slot in slots[update % 2]]
+        batches = [FeatureBatch.pack([records[at] for at in r], ranks.device, dtype) if r else None for r in rows]
         normaliser = torch.stack([step.loss_rows(batch) if batch else step.no_rows() for batch in batches]).sum(0)
         dist.all_reduce(normaliser)
-        for batch in batches:
-            optimizer.accumulate(batch, normaliser)
-    state = optimizer.state()
+        loss = sum(result.loss.detach().double() for result in optimizer.accumulate(batches, normaliser))
+        dist.all_reduce(loss)
+        losses.append(loss)
+        # What is skipped leaves no trace, whoever skips it.
+        norm, applied = optimizer.update(RATE, sound=update != SKIPPED[0], limit=1e-9 if update == SKIPPED[1] else 1e9)
+        assert applied == (update not in SKIPPED), (update, norm, applied)
+    state = optimizer.state() | {"losses": torch.stack(losses)}
     if ranks.rank == 0:
         save_file(state, output)
     dist.barrier()

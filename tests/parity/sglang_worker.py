@@ -118,7 +118,9 @@ def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:
         batch = FeatureBatch.pack(records, ranks.device, torch.bfloat16)
         normaliser = step.loss_rows(batch)
         dist.all_reduce(normaliser)
-        loss = optimizer.accumulate(batch, normaliser).loss.detach()
+        (result,) = optimizer.accumulate([batch], normaliser)
+        assert optimizer.update(1e-3, sound=True, limit=float("inf"))[1]
+        loss = result.loss.detach()
         dist.all_reduce(loss)
         losses.append(float(loss))
     return losses
