@@ -15,7 +15,7 @@ from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, FeatureRecord, TargetHead
 from tests.unit.test_draft_step import CONFIG, DECAY, STEPS
 
-V, D, H, I, Q, K, LENGTH, TURN = 400, 256, 64, 96, 64, 32, 8192, 512
+V, D, H, I, Q, K, LENGTH, CONVERSATIONS = 400, 256, 64, 96, 64, 32, 512, 16
 WIDE: DraftConfig = replace(
     CONFIG,
     hidden_size=H,
@@ -33,22 +33,26 @@ def example(supervised: float) -> tuple[DraftStep, FeatureBatch]:
     g = torch.Generator().manual_seed(0)
     head = TargetHead(embedding_VH=torch.randn(V, H, generator=g), head_VH=torch.randn(V, H, generator=g))
     kept = torch.randperm(V, generator=g)[:D].sort().values
-    mask = torch.arange(LENGTH) % TURN >= round(TURN * (1 - supervised))
-    rows = torch.from_numpy(teacher_rows(mask.numpy()))
-    last = torch.randn(len(rows), H, generator=g)
-    logits = head.logits(last)
-    record = FeatureRecord(
-        sample_id=0,
-        token_ids=torch.randint(0, V, (LENGTH,), generator=g).int(),
-        loss_mask=mask,
-        aux=torch.randn(LENGTH, 3 * H, generator=g),
-        last=last,
-        teacher_top1=logits.argmax(-1).int(),
-        teacher_lse=logits.logsumexp(-1),
-    )
+    records = []
+    for number in range(CONVERSATIONS):
+        mask = torch.arange(LENGTH) >= round(LENGTH * (1 - supervised))
+        rows = torch.from_numpy(teacher_rows(mask.numpy()))
+        last = torch.randn(len(rows), H, generator=g)
+        logits = head.logits(last)
+        records.append(
+            FeatureRecord(
+                sample_id=number,
+                token_ids=torch.randint(0, V, (LENGTH,), generator=g).int(),
+                loss_mask=mask,
+                aux=torch.randn(LENGTH, 3 * H, generator=g),
+                last=last,
+                teacher_top1=logits.argmax(-1).int(),
+                teacher_lse=logits.logsumexp(-1),
+            )
+        )
     draft = Eagle3Draft(WIDE)
     draft.initialise(head, kept, 0)
-    return DraftStep(draft, head, kept, STEPS, DECAY), FeatureBatch.pack([record], torch.device("cpu"), torch.float32)
+    return DraftStep(draft, head, kept, STEPS, DECAY), FeatureBatch.pack(records, torch.device("cpu"), torch.float32)
 
 
 def counted(step: DraftStep, batch: FeatureBatch) -> int:
