@@ -179,6 +179,8 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     steps: int = Field(7, ge=1, le=16, description="draft tokens for each pass of the target")
     num_prompts: int = Field(20, ge=0, description="prompts for real decoding; 0 leaves it out")
     max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="of real decoding; 0: the most likely token")
+    seed: int = Field(0, ge=0, description="of the draws at a temperature above 0")
 
 
 class CheckSettings(EngineSettings, DataSettings, ReadSettings):

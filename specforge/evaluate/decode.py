@@ -1,8 +1,8 @@
-"""Real speculative decoding at temperature 0, in process: a chain of drafts, verified by the target in one pass.
+"""Real speculative decoding in process: a chain of drafts, verified by the target in one pass.
 
-KV caches on both sides. A pass of the target takes the newest token and the drafts, and gives its own choice after
-each: drafts are accepted up to the first that differs, and its own choice follows them. So the text is the target's
-greedy text, whatever the draft says; `compare` holds it against plain greedy decoding.
+KV caches on both sides. A pass of the target takes the newest token and the drafts, and says what it would have chosen
+after each; a rule (rules.py) decides which drafts stand and which token follows them. The text is the target's own,
+whatever the draft says: at temperature 0 token for token, which `compare` holds against plain greedy decoding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from specforge.draft.attention import attend
 from specforge.draft.model import Eagle3Draft
+from specforge.evaluate.rules import Draft, Greedy, Rule
 from specforge.records import TargetEngine
+
+GREEDY = Greedy()
 
 
 @dataclass(kw_only=True)
@@ -30,13 +33,19 @@ class Decoded:
     near_ties: list[bool] = field(default_factory=list)  # plain decoding: whether the two best logits almost tie
 
 
-def plain(engine: TargetEngine, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Decoded:
+def plain(
+    engine: TargetEngine,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    rule: Rule = GREEDY,
+) -> Decoded:
     """One token a pass."""
     began, tokens, ties = time.perf_counter(), list[int](), list[bool]()
     session = engine.session(len(prompt) + max_new_tokens)
     logits_nV, _ = session.extend(prompt)
     while True:
-        tokens.append(int(logits_nV[-1].argmax()))
+        tokens.append(rule.choose(logits_nV[-1]))
         ties.append(is_near_tie(logits_nV[-1], engine.dtype))
         if tokens[-1] in stop_ids or len(tokens) == max_new_tokens:
             break
@@ -56,24 +65,25 @@ class Drafting:
 
 
 def speculative(
-    engine: TargetEngine, drafting: Drafting, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+    engine: TargetEngine,
+    drafting: Drafting,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    rule: Rule = GREEDY,
 ) -> Decoded:
     """A chain of up to `drafting.steps` drafts a pass."""
     began, passes, steps = time.perf_counter(), 0, drafting.steps
     session = engine.session(len(prompt) + max_new_tokens * (steps + 1))
     drafter = ChainDrafter(drafting)
     logits_nV, aux_nA = session.extend(prompt)
-    tokens = [int(logits_nV[-1].argmax())]
+    tokens = [rule.choose(logits_nV[-1])]
     drafter.see(aux_nA, [*prompt[1:], tokens[0]])
     while tokens[-1] not in stop_ids and len(tokens) < max_new_tokens:
-        drafts = drafter.propose(min(steps, max_new_tokens - len(tokens) - 1))
-        logits_nV, aux_nA = session.extend([tokens[-1], *drafts])
+        drafts = drafter.propose(min(steps, max_new_tokens - len(tokens) - 1), rule)
+        logits_nV, aux_nA = session.extend([tokens[-1], *(draft.token for draft in drafts)])
         passes += 1
-        own = logits_nV.argmax(-1).tolist()  # own[j]: the target's choice after the newest token and j drafts
-        accepted = 0
-        while accepted < len(drafts) and drafts[accepted] == own[accepted]:
-            accepted += 1
-        new = own[: accepted + 1]
+        new = rule.verify(drafts, logits_nV)
         stop = next((at for at, token in enumerate(new) if token in stop_ids), None)
         new = new if stop is None else new[: stop + 1]
         session.keep(len(prompt) + len(tokens) + len(new) - 1)
@@ -106,18 +116,18 @@ class ChainDrafter:
         self._feature_1H, self._x_12H, self._row_1 = feature_nH[-1:], x_n2H[-1:], positions_n[-1:]
 
     @torch.no_grad()
-    def propose(self, steps: int) -> list[int]:
-        """The chain that follows the newest token, up to `steps` target ids."""
+    def propose(self, steps: int, rule: Rule = GREEDY) -> list[Draft]:
+        """The chain that follows the newest token, up to `steps` drafts."""
         assert self._keys_TKE is not None
         assert self._values_TKE is not None
         draft, feature_1H, x_12H = self._draft, self._feature_1H, self._x_12H
         segments = [(slice(0, 1), slice(0, len(self._keys_TKE)))]
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
-        proposed: list[int] = []
+        proposed: list[Draft] = []
         for i in range(steps):
             if i > 0:
-                x_12H = draft.attention_input(self._embed(proposed[-1:]), feature_1H)
+                x_12H = draft.attention_input(self._embed([proposed[-1].token]), feature_1H)
                 key_1KE, value_1KE = draft.keys_values(x_12H, self._row_1 + i)
                 own_keys.append(key_1KE)
                 own_values.append(value_1KE)
@@ -125,8 +135,8 @@ class ChainDrafter:
             attended_1NE = attend(q_1NE, self._keys_TKE, self._values_TKE, own_keys, own_values, self._row_1, segments)
             hidden_1H = draft.finish(feature_1H, attended_1NE)
             feature_1H = draft.feed_back(hidden_1H)
-            best = draft.lm_head(draft.norm(hidden_1H)).argmax(-1)
-            proposed.append(int(self._kept_D[best]))
+            logits_D = draft.lm_head(draft.norm(hidden_1H))[0]
+            proposed.append(rule.draft(logits_D, self._kept_D, draft.config.vocab_size))
         return proposed
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:

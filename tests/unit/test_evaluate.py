@@ -76,7 +76,7 @@ def test_the_chain_drafter_says_what_the_unrolled_step_was_taught(seed, pieces):
     for piece in pieces:  # seen at once, or bit by bit as decoding does
         drafter.see(aux[start : start + piece], ids[start + 1 : start + piece + 1].tolist())
         start += piece
-    proposed = drafter.propose(STEPS)
+    proposed = [draft.token for draft in drafter.propose(STEPS)]
     text = torch.cat([ids, torch.tensor(proposed), torch.zeros(2, dtype=torch.int64)])
     rows = len(text) - 1
     record = FeatureRecord(
