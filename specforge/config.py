@@ -12,6 +12,9 @@ from specforge.errors import ConfigError
 POSITIONAL = ("folder", "folders")  # on the command line these are given without a flag
 
 
+Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown keys are refused."""
 
@@ -98,7 +101,7 @@ class CaptureSettings(EngineSettings, DataSettings):
     )
     data: Path = Field(Path("cache/dataset/mix"), description="a prepared folder, or a JSONL file")
     num_samples: int | None = Field(None, ge=1, description="only the first samples of each split")
-    codec: Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"] = Field(
+    codec: Codec = Field(
         "auto", description="how states are stored; auto: bf16, or fp32 for a target that runs in fp32"
     )
 
@@ -139,8 +142,16 @@ class PlanSettings(CaptureSettings, DraftSettings):
 class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
-    features: Path | None = Field(None, description="folder that prepare-hidden wrote")
-    online: bool = Field(False, description="capture from the live target while training; nothing goes to disk")
+    features: Path | None = Field(
+        None, description="folder that prepare-hidden wrote; with --online, where captured states are kept"
+    )
+    online: bool = Field(
+        False, description="capture from the live target while training; with --features each conversation once"
+    )
+    codec: Codec = Field("auto", description="with --online --features: how states are stored")
+    max_disk: ByteSize | None = Field(
+        None, description="with --online --features: what has no room is captured in every epoch, e.g. 500GB"
+    )
     data: Path = Field(Path("cache/dataset/mix"), description="with --online: a prepared folder or JSONL file")
     test_data: Path | None = Field(None, description="with --online: a JSONL file of held-out conversations")
     output: Path = Field(Path("runs/draft"), description="folder for checkpoints, metrics and the best draft")

@@ -319,8 +319,11 @@ class DraftJudge(Protocol):
 class RecordSource(Protocol):
     """Where features come from: the store, or the live engine. Both give the same records for the same rows."""
 
-    kind: str  # what the time is spent on: "data" or "target"
     lengths: NDArray[np.int64]  # [records] tokens of each record
+
+    @property
+    def kind(self) -> str:
+        """What the time is spent on: "data" or "target"."""
 
     def batches(self, slots: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[FeatureRecord]]:
         """For each slot in turn the records of this rank's row. A slot holds a row (record indices, maybe none) for

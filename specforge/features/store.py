@@ -26,9 +26,10 @@ class Store:
 
     verify  when checksums are compared: "always" at each reading of a record, "first" at its first, "never". A shard's
             token ids, masks and header (a small part of it) are checked when it is first used, unless "never".
+    partial whether a store may be unfinished.
     """
 
-    def __init__(self, folder: Path, verify: Verify = "first") -> None:
+    def __init__(self, folder: Path, verify: Verify = "first", partial: bool = False) -> None:
         self.folder, self.manifest, self._verify = folder, Manifest.read(folder), verify
         self._lines = read_index(folder)
         ids = np.array([r["sample_id"] for line in self._lines for r in line["records"]], dtype=np.int64)
@@ -40,7 +41,7 @@ class Store:
                 fix="delete the line of one of their shards, or capture again",
             )
         due = self.manifest.num_records - len(aside.reasons(folder))
-        if held != due:
+        if held != due and not partial:
             raise StoreError(
                 f"the store is unfinished: {held} of {due} records",
                 where=str(folder),
@@ -49,6 +50,7 @@ class Store:
         order = np.argsort(ids)
         counts = [len(line["records"]) for line in self._lines]
         self._shard_of = np.repeat(np.arange(len(counts)), counts)[order]
+        self.sample_ids: NDArray[np.int64] = ids[order]
         self._place = np.concatenate([np.arange(0), *map(np.arange, counts)])[order]  # in its shard
         lengths = [r["tokens"] for line in self._lines for r in line["records"]]
         self.lengths: NDArray[np.int64] = np.array(lengths, dtype=np.int64)[order]

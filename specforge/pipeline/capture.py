@@ -20,7 +20,6 @@ from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, EngineError, SpecforgeError, StoreError
 from specforge.features import aside
-from specforge.features.codec import codec_for
 from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
 from specforge.features.packing import in_batches
 from specforge.features.passes import Passes
@@ -28,8 +27,8 @@ from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
 from specforge.pipeline.planning import write_rate
-from specforge.pipeline.shared import check_lengths, leave, refuse_foreign, start_engine
-from specforge.records import Example, FeatureRecord, Ranks, TargetEngine, TargetInfo
+from specforge.pipeline.shared import check_lengths, leave, manifest_of, refuse_foreign, start_engine
+from specforge.records import Example, FeatureRecord, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
 from specforge.watch import Watch
@@ -46,7 +45,7 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     splits = prepared.load_splits(settings.data, tokenizer, settings, settings.num_samples)
     check_lengths(splits, settings.tokens_per_batch)
-    manifests = {name: _manifest(settings, info, layers, tokenizer, found) for name, found in splits.items()}
+    manifests = {name: manifest_of(settings, info, layers, tokenizer, found) for name, found in splits.items()}
     if not launch.is_rank():  # the parent checks before it starts ranks, and before a model is loaded
         _check_output(settings, splits, manifests)
         code = launch.start_ranks(settings.tp_size, dp_size=settings.dp_size)
@@ -72,31 +71,6 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
         _say_result(settings, splits)
     leave(ranks)
     return None
-
-
-def _manifest(
-    settings: PrepareHiddenSettings,
-    info: TargetInfo,
-    layers: tuple[int, ...],
-    tokenizer: ChatTokenizer,
-    examples: Sequence[Example],
-) -> Manifest:
-    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
-    return Manifest(
-        target=settings.model_path,
-        target_fingerprint=info.fingerprint,
-        tokenizer_hash=tokenizer.fingerprint,
-        template_hash=tokenizer.template_fingerprint,
-        aux_layers=layers,
-        data_hash=prepared.data_hash(examples),
-        max_length=settings.max_length,
-        codec=codec_for(settings.codec, dtype),
-        dtype=str(dtype).removeprefix("torch."),
-        hidden_size=info.hidden_size,
-        num_records=len(examples),
-        tokens_per_batch=settings.tokens_per_batch,
-        engine=engines.choose(settings.engine),
-    )
 
 
 def _check_output(settings: PrepareHiddenSettings, splits: Splits, manifests: dict[str, Manifest]) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from specforge import console
+from specforge.config import PrepareHiddenSettings, TrainSettings
 from specforge.console import is_main_rank, say
+from specforge.data import prepared
+from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, StoreError
+from specforge.features.codec import codec_for
+from specforge.features.index import Manifest
 from specforge.features.store import Store
 from specforge.records import Example, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
@@ -69,4 +75,29 @@ def say_serving(draft: Path, model_path: str, steps: int) -> None:
         f"serve it: python -m sglang.launch_server --model-path {model_path} --speculative-algorithm EAGLE3 "
         f"--speculative-draft-model-path {draft} --speculative-num-steps {min(steps, 3)} "
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {min(steps, 3) + 1}"
+    )
+
+
+def manifest_of(
+    settings: PrepareHiddenSettings | TrainSettings,
+    info: TargetInfo,
+    layers: tuple[int, ...],
+    tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+) -> Manifest:
+    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
+    return Manifest(
+        target=info.path if settings.model_path is None else settings.model_path,
+        target_fingerprint=info.fingerprint,
+        tokenizer_hash=tokenizer.fingerprint,
+        template_hash=tokenizer.template_fingerprint,
+        aux_layers=layers,
+        data_hash=prepared.data_hash(examples),
+        max_length=settings.max_length,
+        codec=codec_for(settings.codec, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=info.hidden_size,
+        num_records=len(examples),
+        tokens_per_batch=settings.tokens_per_batch,
+        engine=engines.choose(settings.engine),
     )

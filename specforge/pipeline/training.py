@@ -23,6 +23,8 @@ from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
 from specforge.errors import ConfigError, StoreError
 from specforge.evaluate.acceptance import teacher_forced
+from specforge.features.hybrid import HybridSource
+from specforge.features.index import existing, refuse_busy
 from specforge.features.packing import pack_rows, share_out
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
@@ -33,6 +35,7 @@ from specforge.pipeline.shared import (
     check_target,
     leave,
     log_name,
+    manifest_of,
     refuse_foreign,
     say_serving,
     start_engine,
@@ -49,15 +52,18 @@ from specforge.train.tracker import Tracker
 
 
 def train(settings: TrainSettings) -> int | None:
-    if settings.online == (settings.features is not None):
+    if not settings.online and settings.features is None:
         raise ConfigError(
-            "training takes either a feature store or the live target",
+            "training takes a feature store or the live target",
             where="--features, --online",
-            fix="give --features FOLDER (made by `specforge prepare-hidden`) or --online, not both",
+            fix="give --features FOLDER (made by `specforge prepare-hidden`), --online, or both: then each "
+            "conversation is captured once and kept there",
         )
     refuse_foreign(settings.output, "run.json")
     stores = (
-        {n: Store(settings.features / n, settings.verify) for n in ("train", "test")} if settings.features else None
+        {n: Store(settings.features / n, settings.verify) for n in ("train", "test")}
+        if settings.features and not settings.online
+        else None
     )
     model_path = settings.model_path or (stores["train"].manifest.target if stores else None)
     if model_path is None:
@@ -98,6 +104,11 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     layers = engines.aux_layers_of(settings, info)
     splits = prepared.load_splits(settings.data, tokenizer, settings, test=settings.test_data)
     check_lengths(splits, settings.tokens_per_batch)
+    manifests = {name: manifest_of(settings, info, layers, tokenizer, found) for name, found in splits.items()}
+    if settings.features and not launch.is_rank():
+        for name in splits:
+            existing(settings.features / name, manifests[name])
+            refuse_busy(settings.features / name)
     code = launch.start_ranks(settings.tp_size)
     if code is not None:
         return code
@@ -106,7 +117,13 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     ranks = launch.join(settings.tp_size)
     deepspeed_config(settings, ranks)  # refused before the target is loaded
     engine = start_engine(settings, info, ranks, settings.output)
-    sources: dict[str, RecordSource] = {n: LiveSource(engine, found, ranks.tp_rank) for n, found in splits.items()}
+    sources: dict[str, RecordSource] = {}
+    for name, examples in splits.items():
+        sources[name] = live = LiveSource(engine, examples, ranks.tp_rank)
+        if settings.features:
+            limit = settings.max_disk and settings.max_disk * len(examples) // sum(map(len, splits.values()))
+            folder = settings.features / name
+            sources[name] = HybridSource(live, examples, folder, manifests[name], ranks, limit)
     data_hash = prepared.data_hash(splits["train"])
     return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks, engine)
 

@@ -107,6 +107,27 @@ def test_online_gives_the_same_losses_and_no_features(work):
     assert not list((work / "online").rglob("shard*"))
 
 
+def test_online_with_a_store_captures_once_and_leaves_features_for_other_runs(work):
+    said = run(train("--online", "--data", "data", "--features", "kept", "--output", "hybrid"), work)
+    assert losses(work / "hybrid") == pytest.approx(losses(work / "online"), rel=1e-5)
+    steps = [json.loads(line) for line in (work / "hybrid" / "metrics.jsonl").read_text().splitlines()]
+    shares = [(step["epoch"], step["time_share"]["target"]) for step in steps if "time_share" in step]
+    assert all(share > 0 for epoch, share in shares if epoch == 0)
+    assert all(share == 0 for epoch, share in shares if epoch == 1)  # read, not captured
+    run(train("--features", "kept", "--output", "after"), work)
+    assert losses(work / "after") == pytest.approx(losses(work / "online"), rel=1e-5)
+    assert "hybrid" in said
+
+
+def test_online_with_a_full_disk_captures_the_rest_again(work):
+    given = ["--online", "--data", "data", "--features", "some", "--max-disk", "300KB", "--output", "partly"]
+    run(train(*given), work)
+    assert losses(work / "partly") == pytest.approx(losses(work / "online"), rel=1e-5)
+    held = Store(work / "some" / "train", partial=True)
+    assert 0 < len(held) < held.manifest.num_records
+    assert sum(path.stat().st_size for path in (work / "some").rglob("shard-*")) < 300_000
+
+
 def test_benchmark_decodes_lossless_in_fp32(work):
     said = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--max-length", 256]
     run(command("benchmark", *said, "--num-prompts", 20, "--max-new-tokens", 24, "--output", "bench.json"), work)
