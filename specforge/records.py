@@ -66,6 +66,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools that the assistant may call
     source: str = ""  # the data set that it came from
+    domain: str = ""  # what it is about, where the row says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,7 @@ class Example:
     sample_id: int  # position in the data file's order; stable across ranks and resumes
     token_ids: NDArray[np.int32]  # [T]
     loss_mask: NDArray[np.bool_]  # [T] True on assistant tokens, end of turn included
+    domain: str = ""  # by which acceptance is told apart: the row's `domain`, else its `source`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
