@@ -185,7 +185,7 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     model_path: str = Field(..., description="the target: a folder, or a hub name")
     draft: Path = Field(..., description="draft folder")
     features: Path | None = Field(None, description="store of held-out features (prepare-hidden's folder)")
-    data: Path | None = Field(None, description="held-out conversations, for prompts (and features, without a store)")
+    data: Path | None = Field(None, description="held-out conversations; with --features only their domains are taken")
     output: Path | None = Field(None, description="JSON file for the result")
     steps: int = Field(7, ge=1, le=16, description="draft tokens for each pass of the target")
     num_prompts: int = Field(20, ge=0, description="prompts for real decoding; 0 leaves it out")

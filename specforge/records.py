@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -66,6 +67,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools that the assistant may call
     source: str = ""  # the data set that it came from
+    domain: str = ""  # what it is about, where the row says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class Example:
     sample_id: int  # position in the data file's order; stable across ranks and resumes
     token_ids: NDArray[np.int32]  # [T]
     loss_mask: NDArray[np.bool_]  # [T] True on assistant tokens, end of turn included
+    domain: str = ""  # by which acceptance is told apart: the row's `domain`, else its `source`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,15 +225,38 @@ class Ranks:
         return list(slot[first : first + self.tp_size])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Acceptance:
-    """Teacher-forced acceptance of a draft on held-out text. Lists run over the draft steps."""
+    """Teacher-forced acceptance of a draft on held-out text: sums of each record. Lists run over the draft steps.
 
-    rows: list[int]  # rows where the step counts
-    accepted: list[int]  # of them, rows where this and all earlier drafts are the target's own choice
-    walk_tokens: int  # tokens made by walking through each turn, and the passes of the target that it took
-    walk_passes: int
-    known: int  # teachers of step 0 that are in the draft vocabulary
+    Here N is records, K draft steps, B bins of the draft's probability."""
+
+    sample_ids_N: NDArray[np.int64]
+    rows_NK: NDArray[np.int64]  # rows where the step counts
+    accepted_NK: NDArray[np.int64]  # of them, rows where this and all earlier drafts are the target's own choice
+    walk_N2: NDArray[np.int64]  # tokens made by walking through each turn, and the passes of the target that it took
+    known_N: NDArray[np.int64]  # teachers of step 0 that are in the draft vocabulary
+    bins_3B: NDArray[np.float64] | None = None  # of step 0's rows, where asked for: sum of probabilities, hits, rows
+
+    @property
+    def rows(self) -> list[int]:
+        return [int(n) for n in self.rows_NK.sum(0)]
+
+    @property
+    def accepted(self) -> list[int]:
+        return [int(n) for n in self.accepted_NK.sum(0)]
+
+    @property
+    def walk_tokens(self) -> int:
+        return int(self.walk_N2[:, 0].sum())
+
+    @property
+    def walk_passes(self) -> int:
+        return int(self.walk_N2[:, 1].sum())
+
+    @property
+    def known(self) -> int:
+        return int(self.known_N.sum())
 
     @property
     def share(self) -> list[float]:
@@ -238,9 +264,14 @@ class Acceptance:
         return [a / n if n else 0.0 for a, n in zip(self.accepted, self.rows, strict=True)]
 
     @property
+    def lengths(self) -> list[float]:
+        """`length` with k = 1 .. steps drafts for each pass."""
+        return [1.0 + total for total in accumulate(self.share)]
+
+    @property
     def length(self) -> float:
         """Expected tokens for each pass of the target, uniformly over rows: 1 + the sum of `share`."""
-        return 1.0 + sum(self.share)
+        return self.lengths[-1]
 
     @property
     def walk_length(self) -> float:
@@ -250,7 +281,17 @@ class Acceptance:
     @property
     def coverage(self) -> float:
         """Share of the teachers that the draft vocabulary holds."""
-        return self.known / self.rows[0] if self.rows and self.rows[0] else 0.0
+        return self.known / self.rows[0] if self.rows[0] else 0.0
+
+    def of(self, which_N: NDArray[np.bool_]) -> Acceptance:
+        """Of some of the records. Bins are not kept by record, so there are none."""
+        return Acceptance(
+            sample_ids_N=self.sample_ids_N[which_N],
+            rows_NK=self.rows_NK[which_N],
+            accepted_NK=self.accepted_NK[which_N],
+            walk_N2=self.walk_N2[which_N],
+            known_N=self.known_N[which_N],
+        )
 
     def as_json(self) -> dict[str, object]:
         return {

@@ -27,6 +27,7 @@ ROLES = {
 TURN_LISTS = ("conversations", "messages")
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 NAMED_LINES = 5  # of each reason, the report names the first few
+DOMAIN_LETTERS = 64  # a domain is a name; of a longer text its beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Text:
     id: str
     text: str
     source: str = ""
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class Tokens:
     token_ids: NDArray[np.int32]  # [T]
     loss_mask: NDArray[np.bool_]  # [T]
     source: str = ""
+    domain: str = ""
 
 
 Entry = Conversation | Text | Tokens
@@ -120,12 +123,15 @@ def parse(
     A list of turns comes first: data sets often repeat its first turn in a column `prompt`."""
     own_id, source = row.get("id", row.get("prompt_id", default_id)), str(row.get("source") or source)
     own_id = str(own_id) if isinstance(own_id, str | int) else default_id
+    domain = _domain(row.get("domain"))
     if "input_ids" in row:
         found = _tokens(row)
-        return found if isinstance(found, str) else ("tokens", Tokens(id=own_id, source=source, **found))
+        return found if isinstance(found, str) else ("tokens", Tokens(id=own_id, source=source, domain=domain, **found))
     if preformatted:
         text = row.get("text")
-        return ("text", Text(id=own_id, text=text, source=source)) if isinstance(text, str) else "no 'text'"
+        if not isinstance(text, str):
+            return "no 'text'"
+        return "text", Text(id=own_id, text=text, source=source, domain=domain)
     lists = [name for name in TURN_LISTS if row.get(name) is not None]
     if len(lists) > 1:
         return f"both '{lists[0]}' and '{lists[1]}'"
@@ -148,7 +154,9 @@ def parse(
     if isinstance(tools, str):
         return tools
     style = "from/value" if isinstance(turns[0], dict) and "from" in turns[0] else "role/content"
-    return f"{name} ({style})", Conversation(id=own_id, messages=tuple(messages), tools=tools, source=source)
+    return f"{name} ({style})", Conversation(
+        id=own_id, messages=tuple(messages), tools=tools, source=source, domain=domain
+    )
 
 
 def to_conversation(row: Mapping[str, Any], default_id: str, needed: str = "assistant") -> Conversation | str:
@@ -167,13 +175,19 @@ def lacking(conversation: Conversation, needed: str = "assistant") -> str | None
 
 def to_row(entry: Entry) -> dict[str, Any]:
     """As prepared files hold it; `parse` reads it back."""
-    shared = {"id": entry.id} | ({"source": entry.source} if entry.source else {})
+    shared = labels(entry)
     if isinstance(entry, Tokens):
         return shared | {"input_ids": entry.token_ids, "loss_mask": entry.loss_mask.astype(np.uint8)}
     if isinstance(entry, Text):
         return shared | {"text": entry.text}
     tools = {"tools": list(entry.tools)} if entry.tools else {}
     return shared | {"conversations": [message.as_dict() for message in entry.messages]} | tools
+
+
+def labels(entry: Entry) -> dict[str, Any]:
+    """What a row says of itself, beside its text or tokens; what is absent is left out."""
+    named = {name: value for name in ("source", "domain") if (value := getattr(entry, name))}
+    return {"id": entry.id} | named
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
@@ -243,6 +257,10 @@ def _message(turn: Any) -> Message | str:
         tool_call_id=_optional(turn.get("tool_call_id")),
         name=_optional(turn.get("name")),
     )
+
+
+def _domain(value: Any) -> str:
+    return value.strip()[:DOMAIN_LETTERS] if isinstance(value, str) else ""
 
 
 def _optional(value: Any) -> str | None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from specforge.config import PrepareDataSettings
 from specforge.data import split, vocab
-from specforge.data.formats import Entry, ReadReport, as_line, lacking, parse, read_rows, to_row
+from specforge.data.formats import Entry, ReadReport, as_line, labels, lacking, parse, read_rows, to_row
 from specforge.data.sources import Source
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import DataError
@@ -190,8 +190,7 @@ class Converter:
                 part.report.drop(masked, entry.id)
                 continue
             ids_T, mask_T = masked
-            shared = {"id": entry.id} | ({"source": entry.source} if entry.source else {})
-            written.append(as_line(shared | {"input_ids": ids_T, "loss_mask": mask_T.astype(np.uint8)}))
+            written.append(as_line(labels(entry) | {"input_ids": ids_T, "loss_mask": mask_T.astype(np.uint8)}))
             part.tokens += len(ids_T)
             part.supervised += int(mask_T.sum())
             part.lengths[next((b for b in LENGTH_BUCKETS if len(ids_T) <= b), 1 << 30)] += 1

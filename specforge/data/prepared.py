@@ -37,7 +37,8 @@ def load_examples(
             if isinstance(masked, str):
                 report.drop(masked, entry.id)
             elif limit is None or len(examples) < limit:
-                examples.append(Example(sample_id=len(examples), token_ids=masked[0], loss_mask=masked[1]))
+                domain, place = entry.domain or entry.source, len(examples)
+                examples.append(Example(sample_id=place, token_ids=masked[0], loss_mask=masked[1], domain=domain))
         if limit is not None and len(examples) == limit:
             break
     if not examples:
@@ -68,6 +69,13 @@ def load_splits(
             "one conversation is too little: one must be held out", where=str(path), fix="give at least two"
         )
     return {"train": train, "test": [examples[at] for at in held_out]}
+
+
+def load_held_out(path: Path, tokenizer: ChatTokenizer, settings: DataSettings) -> list[Example]:
+    """The "test" of `load_splits`; of a folder nothing else is read."""
+    if path.is_dir():
+        return load_examples(path / "test.jsonl", tokenizer, settings)
+    return load_splits(path, tokenizer, settings)["test"]
 
 
 def data_hash(examples: Sequence[Example]) -> str:

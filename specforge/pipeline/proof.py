@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
 
 from specforge import launch
 from specforge.config import (
     BenchmarkSettings,
 )
-from specforge.console import is_main_rank, say, tracked
+from specforge.console import console, is_main_rank, say, tracked
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
@@ -21,13 +25,14 @@ from specforge.errors import CheckpointError, ConfigError, StoreError
 from specforge.evaluate import decode
 from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.decode import Drafting
+from specforge.evaluate.figures import figures
 from specforge.evaluate.rules import Drawn
 from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
 from specforge.pipeline.shared import check_lengths, check_target, leave, say_serving, start_engine
-from specforge.records import Ranks, RecordSource, TargetEngine
+from specforge.records import Example, Ranks, RecordSource, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
 
@@ -64,7 +69,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     if store is None or settings.num_prompts:
         own_layers = settings.model_copy(update={"aux_layers": config.aux_layers})
         engine = start_engine(own_layers, info, ranks, settings.output.parent if settings.output else Path("."))
-    source, prompts = _held_out(settings, store, engine, tokenizer, ranks)
+    source, prompts, domains = _held_out(settings, store, engine, tokenizer, ranks)
 
     dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
     draft, kept_D = draft_folder.load(settings.draft, dtype)
@@ -81,16 +86,15 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         drafting.kept_D,
         held_out_batches(source, rows, ranks, dtype),
         settings.steps,
+        calibrate=True,
     )
-    say(
-        f"teacher-forced acceptance length {forced.length:.3f} (walk {forced.walk_length:.3f}) over "
-        f"{forced.rows[0]:,} held-out predictions, {settings.steps} steps"
-    )
+    said = figures(forced, domains)
+    _show(said)
     result: dict[str, Any] = {
         "draft": str(settings.draft),
         "target": settings.model_path,
         "steps": settings.steps,
-        "teacher_forced": forced.as_json(),
+        "teacher_forced": said,
     }
     if settings.num_prompts and any(prompts) and engine is not None:
         result["decode"] = _decode(settings, engine, drafting, prompts, tokenizer.stop_ids())
@@ -110,20 +114,67 @@ def _held_out(
     engine: TargetEngine | None,
     tokenizer: ChatTokenizer,
     ranks: Ranks,
-) -> tuple[RecordSource, list[list[int]]]:
-    """(features of the held-out split, its prompts), from the store or captured live."""
+) -> tuple[RecordSource, list[list[int]], dict[int, str]]:
+    """(features of the held-out split, its prompts, domains of its samples), from the store or captured live."""
     if store is not None:
-        records = (store.record(index) for index in range(len(store)))
-        prompts = [_prompt(record.token_ids.numpy(), record.loss_mask.numpy()) for record in records]
-        return StoreSource(store, ranks.tp_rank, ranks.device), prompts
+        given = prepared.load_held_out(settings.data, tokenizer, _as_captured(settings, store)) if settings.data else []
+        tokens, prompts = dict[int, NDArray[np.int32]](), list[list[int]]()
+        for index in range(len(store)):
+            record = store.record(index)
+            tokens[record.sample_id] = record.token_ids.numpy()
+            prompts.append(_prompt(record.token_ids.numpy(), record.loss_mask.numpy()))
+        return StoreSource(store, ranks.tp_rank, ranks.device), prompts, _domains(given, tokens)
     assert settings.data is not None
     assert engine is not None
-    splits = prepared.load_splits(settings.data, tokenizer, settings)
-    check_lengths(splits, settings.tokens_per_batch)
-    examples = splits["test"]
-    return LiveSource(engine, examples, ranks.tp_rank), [
-        _prompt(example.token_ids, example.loss_mask) for example in examples
-    ]
+    examples = prepared.load_held_out(settings.data, tokenizer, settings)
+    check_lengths({"test": examples}, settings.tokens_per_batch)
+    prompts = [_prompt(example.token_ids, example.loss_mask) for example in examples]
+    domains = {example.sample_id: example.domain for example in examples if example.domain}
+    return LiveSource(engine, examples, ranks.tp_rank), prompts, domains
+
+
+def _as_captured(settings: BenchmarkSettings, store: Store) -> BenchmarkSettings:
+    return settings.model_copy(update={"max_length": store.manifest.max_length})
+
+
+def _domains(given: Sequence[Example], tokens: Mapping[int, NDArray[np.int32]]) -> dict[int, str]:
+    """Of the store's samples, by what --data says of them: the store knows their ids and tokens only. {} where the data
+    is not what the store was made from."""
+    named = {example.sample_id: example for example in given}
+    if given and not all(s in named and np.array_equal(named[s].token_ids, ids) for s, ids in tokens.items()):
+        say("[yellow]note[/] the store was not made from --data, or with other flags: acceptance is not said by domain")
+        return {}
+    return {sample: named[sample].domain for sample in tokens if sample in named and named[sample].domain}
+
+
+def _show(said: Mapping[str, Any]) -> None:
+    """The teacher-forced figures, for a person."""
+    length = _with_interval(said["acceptance_length"], said["intervals"][-1])
+    walk = _with_interval(said["walk_length"], said["walk_interval"])
+    say(
+        f"teacher-forced acceptance length {length}, walk {walk}, over {said['predictions']:,} held-out predictions in "
+        f"{said['conversations']:,} conversations, {len(said['lengths'])} steps"
+    )
+    say("by number of steps: " + ", ".join(f"{k}: {length:.2f}" for k, length in enumerate(said["lengths"], 1)))
+    say(
+        f"the draft vocabulary holds {said['coverage']:.1%} of the target's choices; calibration error "
+        f"{said['calibration_error']:.3f}"
+    )
+    if "by_domain" not in said or not is_main_rank():
+        return
+    table = Table("domain", title="acceptance length by domain", title_justify="left")
+    for name in ("conversations", "predictions", "length", "95 %", "first draft"):
+        table.add_column(name, justify="right")
+    for name, part in said["by_domain"].items():
+        low, high = part["interval"]
+        counts = f"{part['conversations']:,}", f"{part['predictions']:,}"
+        first = f"{part['acceptance_by_position'][0]:.1%}"
+        table.add_row(escape(name), *counts, f"{part['acceptance_length']:.3f}", f"{low:.2f} .. {high:.2f}", first)
+    console.print(table)
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3f} ({interval[0]:.2f} .. {interval[1]:.2f})"
 
 
 def _decode(

@@ -54,7 +54,8 @@ def work(tmp_path_factory) -> Path:
     """A folder with target, data, features of both splits, and a draft trained offline for two epochs."""
     folder = tmp_path_factory.mktemp("work")
     tiny.make_target(folder / "target")
-    tiny.write_jsonl(folder / "rows.jsonl", tiny.conversations(120))
+    named = [row | {"domain": ("code", "chat")[at % 2]} for at, row in enumerate(tiny.conversations(120))]
+    tiny.write_jsonl(folder / "rows.jsonl", named)
     (folder / "ds.json").write_text(json.dumps(FP32))
     given = ["--dataset", "rows.jsonl", "--model-path", "target", "--output", "data", "--test-share", 0.25]
     run(command("prepare-data", *given), folder)
@@ -129,13 +130,22 @@ def test_online_with_a_full_disk_captures_the_rest_again(work):
 
 
 def test_benchmark_decodes_lossless_in_fp32(work):
-    said = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--max-length", 256]
+    said = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--data", "data"]
+    said += ["--max-length", 256]
     run(command("benchmark", *said, "--num-prompts", 20, "--max-new-tokens", 24, "--output", "bench.json"), work)
     result = json.loads((work / "bench.json").read_text())
     assert result["decode"]["engine"] == "sglang"
     assert result["decode"]["dtype"] == "float32"
     assert result["decode"]["equal"] == 20
     assert result["decode"]["greedy_lossless"] is True
+    forced = result["teacher_forced"]
+    assert forced["lengths"][-1] == forced["acceptance_length"]
+    assert all(
+        low <= length <= high for length, (low, high) in zip(forced["lengths"], forced["intervals"], strict=True)
+    )
+    assert sum(row["rows"] for row in forced["calibration"]) == forced["predictions"]
+    assert set(forced["by_domain"]) == {"code", "chat"}
+    assert sum(part["predictions"] for part in forced["by_domain"].values()) == forced["predictions"]
 
 
 def test_benchmark_with_two_ranks(work):
@@ -145,7 +155,10 @@ def test_benchmark_with_two_ranks(work):
     result = json.loads((work / "bench2.json").read_text())
     assert result["decode"]["equal"] == 3
     one = json.loads((work / "bench.json").read_text())["teacher_forced"]
-    assert result["teacher_forced"]["predictions"] == one["predictions"]
+    two = result["teacher_forced"]
+    assert two["predictions"] == one["predictions"]
+    for name, part in two["by_domain"].items():  # of --data alone the same as of --data beside a store
+        assert part["predictions"] == one["by_domain"][name]["predictions"]
 
 
 def test_tensor_parallel_started_by_the_command_gives_the_same_store(work):

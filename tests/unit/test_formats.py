@@ -9,7 +9,7 @@ import pytest
 
 from specforge.config import DataSettings
 from specforge.data.formats import ReadReport, read_conversations, read_rows, to_conversation, to_row
-from specforge.data.prepared import data_hash, load_examples, load_splits
+from specforge.data.prepared import data_hash, load_examples, load_held_out, load_splits
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import DataError
 from tests import tiny
@@ -124,6 +124,23 @@ def test_a_conversation_and_its_row_are_the_same():
         assert to_conversation(to_row(conversation), "") == conversation
 
 
+def test_a_domain_is_kept_with_the_row_and_is_a_short_name(tmp_path, chat):
+    [row] = tiny.conversations(1)
+    conversation = to_conversation(row | {"domain": " code "}, "")
+    assert conversation.domain == "code"
+    assert to_row(conversation) == row | {"domain": "code"}
+    assert to_conversation(row | {"domain": "x" * 1000}, "").domain == "x" * 64
+    for none in (None, "", 7, ["code"]):
+        assert to_row(to_conversation(row | {"domain": none}, "")) == row
+    example = chat.example(to_conversation(row, ""), 0, 512)
+    tokens = {"input_ids": example.token_ids.tolist(), "loss_mask": example.loss_mask.astype(int).tolist()}
+    rows = [row, row | {"source": "s"}, row | {"source": "s", "domain": "code"}, tokens | {"domain": "code"}]
+    found = load_examples(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), chat, RULES)
+    assert [other.domain for other in found] == ["", "s", "code", "code"]
+    bare = load_examples(tiny.write_jsonl(tmp_path / "bare.jsonl", [row] * 4), chat, RULES)
+    assert data_hash(bare) == data_hash(found)
+
+
 def test_a_file_without_any_assistant_turn_names_what_was_found(tmp_path):
     rows = [json.dumps({"conversations": [{"role": "user", "content": "a"}]}).encode()] * 3
     with pytest.raises(DataError) as refused:
@@ -184,6 +201,13 @@ def test_a_single_file_holds_every_twentieth_out(tmp_path, chat):
     whole, splits = load_examples(path, chat, RULES), load_splits(path, chat, RULES)
     assert data_hash(splits["test"]) == data_hash([whole[19], whole[39]])
     assert data_hash(splits["train"]) == data_hash([e for at, e in enumerate(whole) if at not in (19, 39)])
+
+
+def test_the_held_out_side_is_that_of_both(tmp_path, chat):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(45))
+    tiny.write_jsonl(tmp_path / "test.jsonl", tiny.conversations(7))  # and no train.jsonl: it is not read
+    assert data_hash(load_held_out(path, chat, RULES)) == data_hash(load_splits(path, chat, RULES)["test"])
+    assert len(load_held_out(tmp_path, chat, RULES)) == 7
 
 
 def test_samples_of_a_split_are_numbered_each_once(tmp_path, chat):

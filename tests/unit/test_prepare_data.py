@@ -170,6 +170,21 @@ def test_several_sources_are_weighted_and_mixed(prepare, tmp_path):
     assert set(report["draft_vocabulary"]["coverage_by_source"]) == {str(one), str(two)}
 
 
+def test_a_domain_is_carried_and_without_one_nothing_changes(prepare, tmp_path):
+    bare = tiny.conversations(60)
+    named = [row | ({"domain": ("code", "chat")[at % 2]} if at < 40 else {}) for at, row in enumerate(bare)]
+    domain_of = {row["id"]: row.get("domain") for row in named}
+    for output, given in (("tokens", {}), ("turns", {"model_path": None})):
+        prepare(tiny.write_jsonl(tmp_path / "rows.jsonl", named), output=output, **given)
+        rows = rows_of(tmp_path / output) + rows_of(tmp_path / output, "test")
+        assert {row.get("domain") for row in rows} == {"code", "chat", None}
+        assert all(row.get("domain") == domain_of[row["id"]] for row in rows)
+        prepare(tiny.write_jsonl(tmp_path / "rows.jsonl", bare), output=output + "-bare", **given)
+        for side in ("train", "test"):
+            without = [{k: v for k, v in row.items() if k != "domain"} for row in rows_of(tmp_path / output, side)]
+            assert without == rows_of(tmp_path / f"{output}-bare", side)
+
+
 def test_fewest_exchanges(prepare, tmp_path):
     rows = [*tiny.conversations(40, turns=1), *tiny.conversations(40, seed=3, turns=2)]
     report = prepare(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), min_exchanges=2)
