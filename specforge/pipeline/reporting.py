@@ -21,5 +21,5 @@ def report(settings: ReportSettings) -> None:
     with replacing(settings.output) as file:
         file.write(content)
     for run in runs:
-        say(escape(f"{run.name}: {verdict(run)}"))
+        say(escape(f"{run.name}: acceptance length {run.measured.acceptance_length:.2f}. {verdict(run)}"))
     say(escape(f"written: {settings.output}"))

@@ -77,7 +77,8 @@ class Bars:
 
     def __post_init__(self) -> None:
         longest = max((sum(one.value for one in segments) for _, segments in self.rows), default=0) or 1
-        self.rows = [(label, list(_laid(segments, (WIDTH - 100) / longest))) for label, segments in self.rows]
+        room = WIDTH - 2 if self.legend else WIDTH - 100  # without a legend the values stand behind the bars
+        self.rows = [(label, list(_laid(segments, room / longest))) for label, segments in self.rows]
 
 
 def _laid(segments: Sequence[Segment], scale: float) -> Iterator[Segment]:

@@ -70,7 +70,8 @@ def page(runs: Sequence[Run]) -> str:
 def verdict(run: Run) -> str:
     """What the figures of a run say, in words."""
     measured, best = run.measured, run.best_epoch
-    said = [f"{measured.acceptance_length:.2f} tokens for each pass of the target on held-out text."]
+    first = measured.acceptance_by_position[0] if measured.acceptance_by_position else 0.0
+    said = [f"The first draft token is accepted on {percent(first)} of the held-out rows."]
     if measured.acceptance_length < HARDLY:
         said = ["Hardly anything is accepted: see `specforge check` and docs/serving.md."]
     if best is not None:
@@ -87,13 +88,14 @@ def verdict(run: Run) -> str:
             said.append(f"{last} of {wanted} epochs are finished.")
     decode = run.benchmark.decode if run.benchmark else None
     if decode:
-        said.append(f"{_faster(decode)} than plain decoding, one prompt at a time; {_lossless(decode)}.")
+        said.append(f"{_compared(decode)} plain decoding, one prompt at a time; {_lossless(decode)}.")
     return " ".join(said)
 
 
-def _faster(decode: Decode) -> str:
-    ratio = decode.tokens_per_second / decode.plain_tokens_per_second if decode.plain_tokens_per_second else 1.0
-    return f"{ratio:.2f} times as fast" if ratio == 1 else f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
+def _compared(decode: Decode) -> str:
+    plainly = decode.plain_tokens_per_second
+    gain = round(100 * (decode.tokens_per_second / plainly - 1)) if plainly else 0
+    return f"{abs(gain)} % {'faster' if gain > 0 else 'slower'} than" if gain else "As fast as"
 
 
 def _lossless(decode: Decode) -> str:
@@ -227,7 +229,7 @@ def _training(runs: Sequence[Run]) -> list[Chart | Bars]:
         styles = {name: style for style, name in enumerate(names, 2)}  # not the colours of the first runs
 
         def segments(spent: dict[str, float]) -> list[Segment]:
-            texts = {name: f"{name} {share:.0%}" if share > 0.2 else "" for name, share in spent.items()}
+            texts = {name: f"{name} {share * 100:.0f} %" if share > 0.2 else "" for name, share in spent.items()}
             return [Segment(value=share, style=styles[name], text=texts[name]) for name, share in spent.items()]
 
         rows = [(label, segments(spent)) for label, spent in shares]
@@ -268,7 +270,7 @@ def _overview(runs: Sequence[Run]) -> list[Row]:
     rows = {
         "target": lambda run: run.target,
         "written": lambda run: f"{run.written:%Y-%m-%d %H:%M} UTC",
-        "folder": lambda run: str(run.path),
+        "read from": lambda run: str(run.path),
         "epochs finished": lambda run: max(run.evaluations) if run.evaluations else None,
         "optimizer steps": lambda run: f"{len(run.steps):,}" if run.steps else None,
         "of them skipped": lambda run: sum(not step.applied for step in run.steps) if run.steps else None,
