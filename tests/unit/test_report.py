@@ -183,6 +183,13 @@ def test_acceptance_is_that_of_the_best_epoch(tmp_path):
     assert "Best after epoch 2 of 3" in page.text
 
 
+def test_the_draft_that_training_began_with_is_never_the_best(tmp_path):
+    """`best` is written after epochs only; with --init-from the start may have been better."""
+    page = made(tmp_path, training(tmp_path / "tuned", epochs={0: [0.9, 0.8], 1: [0.5, 0.25], 2: [0.25, 0.125]}))
+    assert page.rows("overview")["best epoch"] == ["1"]
+    assert page.rows("overview")["held-out acceptance length, best epoch"] == ["1.750"]
+
+
 def test_training_curves(tmp_path):
     page = made(tmp_path, training(tmp_path / "llama"))
     loss = [(float(row["step"]), row["loss"]) for row in STEPS]
@@ -201,6 +208,7 @@ def test_time_is_shared_out_by_the_time_that_steps_take(tmp_path):
     bars = page.charts["Where the time goes"].findall("rect")
     widths = [float(bar.get("width")) for bar in bars]
     assert [width / sum(widths) for width in widths] == pytest.approx([0.75, 0.05, 0.2], abs=0.002)
+    assert "target 75 %" in page.text
     assert page.rows("overview")["training tokens per second, median"] == ["300"]
 
 
@@ -320,7 +328,7 @@ def test_everything_out_of_files_is_escaped(tmp_path):
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
     page = made(tmp_path, training(tmp_path / "llama"))
-    assert not re.search(r"https?:|@import|url\(|<script|src=", page.source)
+    assert not re.search(r"https?:|@import|url\(|<script|src=|href=(?!\"data:,\")", page.source)
     assert "prefers-color-scheme: dark" in page.source
 
 
