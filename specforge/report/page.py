@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from specforge import __version__
+from specforge.records import HARDLY
 from specforge.report.charts import (
     STYLES,
     Bars,
@@ -27,7 +28,6 @@ from specforge.report.charts import (
 )
 from specforge.report.runs import Decode, Measured, Run
 
-HARDLY = 1.1  # an untrained draft, or one that reads another target's states, accepts 1.00 to 1.05
 STILL_RISING = 0.01  # share that the last epoch brought
 NONE = "–"
 
@@ -55,7 +55,7 @@ def page(runs: Sequence[Run]) -> str:
         ("Real decoding", _decoding(runs)),
         ("Training", _training(runs)),
     ]
-    return environment.get_template("page.html.jinja").render(
+    content = environment.get_template("page.html.jinja").render(
         runs=runs,
         verdict=verdict,
         sections=[(title, charts) for title, charts in sections if charts],
@@ -65,6 +65,7 @@ def page(runs: Sequence[Run]) -> str:
         styles=STYLES,
         version=__version__,
     )
+    return content.encode("utf-8", "replace").decode("utf-8")  # file names and JSON may hold half characters
 
 
 def verdict(run: Run) -> str:
@@ -127,7 +128,9 @@ def _acceptance(runs: Sequence[Run]) -> list[Chart | Bars]:
             )
             for style, (name, found) in enumerate(named)
         ]
-        note = "What each further draft step would add when served. One more step pays while the line still rises."
+        note = (
+            "What each further draft step would add when served. Each costs time: it pays where the line still rises."
+        )
         if any(one.band for one in series):
             note += " Shaded: the confidence interval."
         return chart(title, "draft steps", "tokens a pass of the target", series, note=note)
@@ -170,9 +173,11 @@ def _decoding(runs: Sequence[Run]) -> list[Chart | Bars]:
         decode = run.benchmark.decode if run.benchmark else None
         if decode:
             before, after, length = decode.plain_tokens_per_second, decode.tokens_per_second, decode.acceptance_length
-            speeds.append((f"{run.name}, plain", [Segment(value=before, style=None, text=plain(before))]))
-            speeds.append((f"{run.name}, with the draft", [Segment(value=after, style=style, text=plain(after))]))
-            lengths.append((run.name, [Segment(value=length, style=style, text=f"{length:.2f}")]))
+            speeds.append((f"{_short(run.name)}, plain", [Segment(value=before, style=None, text=plain(before))]))
+            speeds.append(
+                (f"{_short(run.name)}, with the draft", [Segment(value=after, style=style, text=plain(after))])
+            )
+            lengths.append((_short(run.name), [Segment(value=length, style=style, text=f"{length:.2f}")]))
     if not speeds:
         return []
     note = "One prompt at a time, greedy. A server's throughput is another matter."
@@ -223,7 +228,7 @@ def _training(runs: Sequence[Run]) -> list[Chart | Bars]:
     if held_out:
         note = "Epoch 0 is the draft before training."
         charts.insert(1, chart("Held-out acceptance", "epoch", "tokens a pass of the target", held_out, note=note))
-    shares = [(run.name, spent) for run in runs if (spent := _time_shares(run))]
+    shares = [(_short(run.name), spent) for run in runs if (spent := _time_shares(run))]
     if shares:
         names = list(dict.fromkeys(name for _, spent in shares for name in spent))
         styles = {name: style for style, name in enumerate(names, 2)}  # not the colours of the first runs
@@ -237,6 +242,11 @@ def _training(runs: Sequence[Run]) -> list[Chart | Bars]:
         note = "Of the time of all steps: waiting for the target or the data, and the draft's own work."
         charts.append(Bars(title="Where the time goes", rows=rows, legend=legend, note=note))
     return charts
+
+
+def _short(name: str) -> str:
+    """For a label that cannot break into lines: names differ at their end."""
+    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _time_shares(run: Run) -> dict[str, float]:

@@ -137,7 +137,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
             raise _error("the run is given twice", place, "give each run once")
     runs = [_benchmark_alone(place) if place.is_file() else _run(place) for place in places]
     for run, name in zip(runs, _names(places), strict=True):
-        run.name = name
+        run.name = name.encode("utf-8", "replace").decode("utf-8")
     return runs
 
 

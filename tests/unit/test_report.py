@@ -326,6 +326,18 @@ def test_everything_out_of_files_is_escaped(tmp_path):
     ]
 
 
+def test_names_that_are_long_or_hold_half_a_character(tmp_path):
+    long = "x" * 90 + "-end"
+    page = made(tmp_path, training(tmp_path / long, {"odd": "a\ud800b"}), training(tmp_path / "b\udcff"))
+    assert page.rows("settings")["≠ odd"] == ["a?b", "–"]
+    assert [
+        text.text for text in page.charts["Where the time goes"].findall("text") if "label" in text.get("class")
+    ] == [
+        "…" + long[-39:],
+        "b?",
+    ]
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path):
     page = made(tmp_path, training(tmp_path / "llama"))
     assert not re.search(r"https?:|@import|url\(|<script|src=|href=(?!\"data:,\")", page.source)
