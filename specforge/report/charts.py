@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 Point = tuple[float, float]
@@ -62,6 +62,7 @@ class Segment:
     value: float
     style: int | None
     text: str
+    note: str = ""  # shown where it is pointed at
     x: float = 0.0
     width: float = 0.0
 
@@ -85,7 +86,7 @@ def _laid(segments: Sequence[Segment], scale: float) -> Iterator[Segment]:
     x = 0.0
     for one in segments:
         width = round(one.value * scale, 1)
-        yield Segment(value=one.value, style=one.style, text=one.text, x=round(x, 1), width=width)
+        yield replace(one, x=round(x, 1), width=width)
         x += width
 
 

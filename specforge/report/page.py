@@ -75,18 +75,18 @@ def verdict(run: Run) -> str:
     said = [f"The first draft token is accepted on {percent(first)} of the held-out rows."]
     if measured.acceptance_length < HARDLY:
         said = ["Hardly anything is accepted: see `specforge check` and docs/serving.md."]
+    wanted = run.settings.get("epochs")
     if best is not None:
         last = max(run.evaluations)
         lengths = {epoch: found.acceptance_length for epoch, found in run.evaluations.items()}
-        if best < last:
+        if isinstance(wanted, int) and last < wanted:
+            said.append(f"{last} of {wanted} epochs are finished, the best so far is epoch {best}.")
+        elif best < last:
             said.append(f"Best after epoch {best} of {last}; later epochs were worse.")
         elif lengths[best] - lengths.get(best - 1, 1.0) > STILL_RISING * lengths[best]:
             said.append(f"Epoch {best}, the last one, was the best and still rising: more epochs may help.")
         else:
             said.append(f"Epoch {best}, the last one, was the best; it brought little.")
-        wanted = run.settings.get("epochs")
-        if isinstance(wanted, int) and last < wanted:
-            said.append(f"{last} of {wanted} epochs are finished.")
     decode = run.benchmark.decode if run.benchmark else None
     if decode:
         said.append(f"{_compared(decode)} plain decoding, one prompt at a time; {_lossless(decode)}.")
@@ -188,60 +188,52 @@ def _decoding(runs: Sequence[Run]) -> list[Chart | Bars]:
 
 
 def _training(runs: Sequence[Run]) -> list[Chart | Bars]:
-    charts: list[Chart | Bars] = []
-    skipped = [(s.step, f"{run.name}: step {s.step} skipped") for run in runs for s in run.steps if not s.applied]
-    note = "Faint: every step. Full: running mean." + (" Crosses: skipped steps." if skipped else "")
-    for title, y_label, key in (
-        ("Loss", "loss", "loss"),
-        ("Gradient norm", "norm before clipping", "grad_norm"),
-        ("Speed", "tokens per second", "tokens_per_second"),
-    ):
-        series = []
-        for style, run in enumerate(runs):
-            points: list[Point] = [(s.step, y) for s in run.steps if (y := getattr(s, key)) is not None]
-            if points:
-                for faint, found in ((True, points), (False, smoothed(points))):
-                    shown = thinned(found)
-                    series.append(Series(label=run.name, style=style, points=shown, markers=False, faint=faint))
-        if series:
-            series.sort(key=lambda one: not one.faint)
-            speed = key == "tokens_per_second"
-            marks = [] if speed else skipped
-            x_label = "optimizer step"
-            charts.append(
-                chart(
-                    title,
-                    x_label,
-                    y_label,
-                    series,
-                    crosses=marks,
-                    from_zero=speed,
-                    may_be_log=not speed,
-                    note=note if marks or not skipped else "Faint: every step. Full: running mean.",
-                )
-            )
     held_out = [
         Series(label=run.name, style=style, points=[(e, m.acceptance_length) for e, m in run.evaluations.items()])
         for style, run in enumerate(runs)
         if run.evaluations
     ]
-    if held_out:
-        note = "Epoch 0 is the draft before training."
-        charts.insert(1, chart("Held-out acceptance", "epoch", "tokens a pass of the target", held_out, note=note))
+    note, y_label = "Epoch 0 is the draft before training.", "tokens a pass of the target"
+    return [
+        *_curves(runs, "Loss", "loss", "loss"),
+        *([chart("Held-out acceptance", "epoch", y_label, held_out, note=note)] if held_out else []),
+        *_curves(runs, "Gradient norm", "norm before clipping", "grad_norm"),
+        *_curves(runs, "Speed", "tokens per second", "tokens_per_second", from_zero=True),
+        *_times(runs),
+    ]
+
+
+def _curves(runs: Sequence[Run], title: str, y_label: str, key: str, from_zero: bool = False) -> list[Chart]:
+    """What every step was measured on; one chart, or none."""
+    faint, full = list[Series](), list[Series]()
+    for style, run in enumerate(runs):
+        points: list[Point] = [(step.step, y) for step in run.steps if (y := getattr(step, key)) is not None]
+        if points:
+            for series, found, is_faint in ((faint, points, True), (full, smoothed(points), False)):
+                series.append(Series(label=run.name, style=style, points=thinned(found), markers=False, faint=is_faint))
+    if not full:
+        return []
+    skipped = [(s.step, f"{run.name}: step {s.step} skipped") for run in runs for s in run.steps if not s.applied]
+    note = "Faint: every step. Full: running mean." + (" Crosses: skipped steps." if skipped else "")
+    logs = not from_zero
+    drawn = [*faint, *full]
+    return [
+        chart(title, "optimizer step", y_label, drawn, crosses=skipped, from_zero=from_zero, may_be_log=logs, note=note)
+    ]
+
+
+def _times(runs: Sequence[Run]) -> list[Bars]:
     shares = [(_short(run.name), spent) for run in runs if (spent := _time_shares(run))]
-    if shares:
-        names = list(dict.fromkeys(name for _, spent in shares for name in spent))
-        styles = {name: style for style, name in enumerate(names, 2)}  # not the colours of the first runs
+    names = list(dict.fromkeys(name for _, spent in shares for name in spent))
+    styles = {name: style for style, name in enumerate(names, 2)}  # not the colours of the first runs
 
-        def segments(spent: dict[str, float]) -> list[Segment]:
-            texts = {name: f"{name} {share * 100:.0f} %" if share > 0.2 else "" for name, share in spent.items()}
-            return [Segment(value=share, style=styles[name], text=texts[name]) for name, share in spent.items()]
+    def segment(name: str, share: float) -> Segment:
+        note = f"{name} {share * 100:.0f} %"
+        return Segment(value=share, style=styles[name], text=note if share > 0.2 else "", note=note)
 
-        rows = [(label, segments(spent)) for label, spent in shares]
-        legend = list(styles.items())
-        note = "Of the time of all steps: waiting for the target or the data, and the draft's own work."
-        charts.append(Bars(title="Where the time goes", rows=rows, legend=legend, note=note))
-    return charts
+    rows = [(label, [segment(*one) for one in spent.items()]) for label, spent in shares]
+    note = "Of the time of all steps: waiting for the target or the data, and the draft's own work."
+    return [Bars(title="Where the time goes", rows=rows, legend=list(styles.items()), note=note)] if rows else []
 
 
 def _short(name: str) -> str:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 
 from specforge.errors import TrainingError
 
@@ -49,7 +49,7 @@ class Measured(BaseModel):
     """Teacher-forced acceptance on held-out text; `records.Acceptance` writes it. What is None was not measured."""
 
     acceptance_length: FiniteFloat
-    acceptance_by_position: list[FiniteFloat]
+    acceptance_by_position: list[FiniteFloat] = Field(min_length=1)
     walk_length: FiniteFloat | None = None
     coverage: FiniteFloat | None = None
     predictions: int | None = None

@@ -208,7 +208,9 @@ def test_time_is_shared_out_by_the_time_that_steps_take(tmp_path):
     bars = page.charts["Where the time goes"].findall("rect")
     widths = [float(bar.get("width")) for bar in bars]
     assert [width / sum(widths) for width in widths] == pytest.approx([0.75, 0.05, 0.2], abs=0.002)
-    assert "target 75 %" in page.text
+    assert [bar.find("title").text for bar in bars] == [
+        f"llama: {share} %" for share in ("target 75", "data 5", "draft 20")
+    ]
     assert page.rows("overview")["training tokens per second, median"] == ["300"]
 
 
@@ -309,7 +311,7 @@ def test_runs_side_by_side(tmp_path):
     assert page.source.count('class="differs"') == 2
     assert set(page.lines("Acceptance by position")) == {("a/draft", False), ("b/draft", False)}
     assert page.rows("positions")["3"] == ["11 %", "2.040", "–", "–"]
-    assert "1 of 3 epochs are finished" in page.text
+    assert "1 of 3 epochs are finished, the best so far is epoch 1." in page.text
 
 
 def test_everything_out_of_files_is_escaped(tmp_path):
@@ -408,6 +410,7 @@ def test_another_damaged_line_is_named(tmp_path, line):
         ("benchmark.json", '{"draft": "d"}', "'teacher_forced'"),
         ("benchmark.json", '{"teacher_forced": {"acceptance_length": NaN, "acceptance_by_position": []}}', "length'"),
         ("metrics.jsonl", '{"epoch": 1, "held_out": {"acceptance_length": 2}}\n', "acceptance_by_position'"),
+        ("benchmark.json", '{"teacher_forced": {"acceptance_length": 1, "acceptance_by_position": []}}', "position'"),
         ("metrics.jsonl", "", "no epoch of the run is finished"),
         (
             "metrics.jsonl",
