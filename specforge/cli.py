@@ -135,6 +135,7 @@ SETTINGS: dict[str, type[config.Settings]] = {
     "check": config.CheckSettings,
     "export": config.ExportSettings,
     "benchmark": config.BenchmarkSettings,
+    "report": config.ReportSettings,
     "store verify": config.StoreVerifySettings,
     "store info": config.StoreInfoSettings,
     "store merge": config.StoreMergeSettings,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from specforge.errors import ConfigError
 
-POSITIONAL = ("folder", "folders")  # on the command line these are given without a flag
+POSITIONAL = ("folder", "folders", "runs")  # on the command line these are given without a flag
 
 
 Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
@@ -219,6 +219,15 @@ class ExportSettings(Settings):
         None, description="the target (needed by vllm, and where the draft names no layer ids)"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the target")
+
+
+class ReportSettings(Settings):
+    """One HTML page of what runs have reached: acceptance, training, decoding, settings side by side."""
+
+    runs: tuple[Path, ...] = Field(
+        ..., min_length=1, description="folders of train or of demo, or benchmark's JSON files"
+    )
+    output: Path = Field(Path("report.html"), description="the page")
 
 
 class RegenerateSettings(EngineSettings):

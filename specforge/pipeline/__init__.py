@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module and function
     "check": "specforge.pipeline.checking:check",
     "export": "specforge.pipeline.exporting:export",
     "benchmark": "specforge.pipeline.proof:benchmark",
+    "report": "specforge.pipeline.reporting:report",
     "demo": "specforge.demo:run",
     "doctor": "specforge.doctor:run",
 }

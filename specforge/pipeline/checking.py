@@ -24,11 +24,10 @@ from specforge.evaluate.acceptance import surprise, teacher_forced
 from specforge.evaluate.agreement import Agreement, agreement
 from specforge.features.store import Store
 from specforge.pipeline.shared import check_lengths, check_target, leave, say_serving, start_engine
-from specforge.records import Acceptance, Example, FeatureBatch, FeatureRecord, Ranks, TargetEngine, TargetInfo
+from specforge.records import HARDLY, Acceptance, Example, FeatureBatch, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
 
-HARDLY = 1.1  # an untrained draft, or one that reads another target's states, accepts 1.00 to 1.05
 CLEARLY_NATS, CLEARLY_SIGMA = 0.02, 4.0  # other layers fit better only where it is no accident, and matters
 COMPARED, MEASURED, NEIGHBOURS = "SGLang's class", "acceptance", "layers fed"
 MEANS = {  # what a check without findings has seen

@@ -1,0 +1,1 @@
+"""What training and benchmark wrote, read back and drawn as one page."""
