@@ -50,20 +50,23 @@ class HybridSource:
         return self._stored is not None and len(self._stored) == len(self._ids)
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
+        """Opens the store before anything is asked of the iterator; at the next call, and at the end, what was kept is
+        committed."""
+        self.close()
         self._open()
+        return self._batches(slots)
+
+    def _batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         place = {int(one): at for at, one in enumerate(self._stored.sample_ids)} if self._stored else {}
         held = np.array([int(one) in place for one in self._ids])
         missing = [[[at for at in row if not held[at]] for row in slot] for slot in slots]
         captured = self._live.batches(missing)
-        try:
-            for slot in slots:
-                fresh = next(captured)
-                self._keep(fresh)
-                new = iter(fresh)
-                row = slot[self._ranks.tp_rank]
-                yield [self._read(place[int(self._ids[at])]) if held[at] else next(new) for at in row]
-        finally:
-            self._close()
+        for slot in slots:
+            fresh = next(captured)
+            self._keep(fresh)
+            new = iter(fresh)
+            row = slot[self._ranks.tp_rank]
+            yield [self._read(place[int(self._ids[at])]) if held[at] else next(new) for at in row]
 
     def _read(self, place: int) -> FeatureRecord:
         assert self._stored
@@ -84,7 +87,7 @@ class HybridSource:
         dist.barrier()  # all ranks have read the same index before any of them adds to it
         self._room = None if self._max_bytes is None else (self._max_bytes - used) // self._ranks.world - own
         if self._complete():
-            self._close()
+            self.close()
 
     def _keep(self, records: Sequence[FeatureRecord]) -> None:
         for record in records if self._writer else []:
@@ -97,7 +100,13 @@ class HybridSource:
             assert self._writer
             self._writer.add(record)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._writer:
             self._writer.close()
             self._writer = None
+
+    def __enter__(self) -> HybridSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

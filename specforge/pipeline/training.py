@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import fields
 from functools import lru_cache
@@ -118,14 +119,15 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     deepspeed_config(settings, ranks)  # refused before the target is loaded
     engine = start_engine(settings, info, ranks, settings.output)
     sources: dict[str, RecordSource] = {}
-    for name, examples in splits.items():
-        sources[name] = live = LiveSource(engine, examples, ranks.tp_rank)
-        if settings.features:
-            limit = settings.max_disk and settings.max_disk * len(examples) // sum(map(len, splits.values()))
-            folder = settings.features / name
-            sources[name] = HybridSource(live, examples, folder, manifests[name], ranks, limit)
-    data_hash = prepared.data_hash(splits["train"])
-    return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks, engine)
+    with contextlib.ExitStack() as stack:
+        for name, examples in splits.items():
+            sources[name] = live = LiveSource(engine, examples, ranks.tp_rank)
+            if settings.features:
+                limit = settings.max_disk and settings.max_disk * len(examples) // sum(map(len, splits.values()))
+                kept = HybridSource(live, examples, settings.features / name, manifests[name], ranks, limit)
+                sources[name] = stack.enter_context(kept)
+        data_hash = prepared.data_hash(splits["train"])
+        return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks, engine)
 
 
 def _train(
