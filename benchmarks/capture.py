@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from specforge import launch
 from specforge.alignment import teacher_rows
-from specforge.config import EngineSettings
+from specforge.config import DataSettings, EngineSettings
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.features.index import Manifest
@@ -151,7 +151,7 @@ def _padded(example: Example, length: int) -> Example:
 def measure(target: Path, tokens: int, repetitions: int, scratch: Path) -> dict[str, object]:
     info, ranks = weights.describe(str(target)), launch.join(1)
     tokenizer = ChatTokenizer(str(target), None)
-    splits = prepared.load_splits(ROOT / "examples" / "conversations.jsonl", tokenizer, 1024)
+    splits = prepared.load_splits(ROOT / "examples" / "conversations.jsonl", tokenizer, DataSettings(max_length=1024))
     examples, total = list[Example](), 0
     while total < tokens:
         examples.append(splits["train"][len(examples) % len(splits["train"])])

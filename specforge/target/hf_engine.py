@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
 from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
+from specforge.target import teacher
 from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 
@@ -91,6 +92,7 @@ class HfEngine:
         for example in examples:
             rows = torch.from_numpy(teacher_rows(example.loss_mask)).to(self.device)
             aux, last, logits = self._forward(example.token_ids.tolist(), None, rows)
+            top1, lse = teacher.columns(logits)
             records.append(
                 FeatureRecord(
                     sample_id=example.sample_id,
@@ -98,8 +100,8 @@ class HfEngine:
                     loss_mask=torch.from_numpy(example.loss_mask),
                     aux=aux,
                     last=last,
-                    teacher_top1=logits.argmax(-1).to(torch.int32),
-                    teacher_lse=logits.logsumexp(-1),
+                    teacher_top1=top1,
+                    teacher_lse=lse,
                 )
             )
         return records

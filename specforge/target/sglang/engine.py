@@ -28,6 +28,7 @@ from specforge.records import (
     Sampling,
     TargetInfo,
 )
+from specforge.target import teacher
 from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
@@ -323,7 +324,7 @@ class _LogitsHook:
         self._layers, self._softcap = layers, softcap
 
     def capped(self, logits: Tensor) -> Tensor:
-        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+        return teacher.capped(logits, self._softcap)
 
     def forget(self) -> None:
         """Frees the last pass's states."""
@@ -343,12 +344,12 @@ class _LogitsHook:
         top1, lse, kept = [], [], []
         for piece in self.last.split(HEAD_ROWS):
             logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
-            logits = logits[:, : module.config.vocab_size].float()
-            logits = self.capped(logits)
-            top1.append(logits.argmax(-1).to(torch.int32))
-            lse.append(logits.logsumexp(-1))
+            logits = logits[:, : module.config.vocab_size]
+            best, total = teacher.columns(logits, self._softcap)
+            top1.append(best)
+            lse.append(total)
             if self.keep_logits:
-                kept.append(logits)
+                kept.append(self.capped(logits.float()))
         self.top1 = torch.cat(top1) if top1 else torch.empty(0, dtype=torch.int32, device=hidden.device)
         self.lse = torch.cat(lse) if lse else torch.empty(0, device=hidden.device)
         if self.keep_logits:
