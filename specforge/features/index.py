@@ -108,7 +108,7 @@ def existing(folder: Path, manifest: Manifest) -> Manifest | None:
             raise StoreError(
                 "the output folder is not empty and holds no feature store",
                 where=str(folder),
-                fix="choose another folder with --output",
+                fix="choose another folder",
             )
         return None
     found = Manifest.read(folder)
@@ -119,7 +119,7 @@ def existing(folder: Path, manifest: Manifest) -> Manifest | None:
             f"the store in the output folder was made with another {name}: "
             f"{getattr(found, name)}, now {getattr(manifest, name)}",
             where=f"{folder}/{MANIFEST}, '{name}'",
-            fix="choose another folder with --output, or remove this one",
+            fix="choose another folder, or remove this one",
         )
     return found
 
@@ -204,7 +204,7 @@ def _held(path: Path, how: int) -> IO[str]:
         raise StoreError(
             f"the store is being written by {holder}",
             where=str(path.parent),
-            fix="wait for it or stop it; or choose another folder with --output",
+            fix="wait for it or stop it; or choose another folder",
         ) from error
     return file
 

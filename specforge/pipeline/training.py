@@ -44,12 +44,11 @@ from specforge.pipeline.shared import (
 from specforge.records import Acceptance, Ranks, RecordSource, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
-from specforge.train import checkpoint
+from specforge.train import checkpoint, tracker
 from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training
 from specforge.train.optimizer import DraftOptimizer, deepspeed_config
 from specforge.train.plain import PlainOptimizer
-from specforge.train.tracker import Tracker
 
 
 def train(settings: TrainSettings) -> int | None:
@@ -60,6 +59,13 @@ def train(settings: TrainSettings) -> int | None:
             fix="give --features FOLDER (made by `specforge prepare-hidden`), --online, or both: then each "
             "conversation is captured once and kept there",
         )
+    if not (settings.online and settings.features) and (settings.max_disk or settings.codec != "auto"):
+        raise ConfigError(
+            "--max-disk and --codec say how captured states are kept, and this run keeps none",
+            where="--max-disk, --codec",
+            fix="give --online and --features FOLDER, or leave them out",
+        )
+    tracker.check(settings.tracker)
     refuse_foreign(settings.output, "run.json")
     stores = (
         {n: Store(settings.features / n, settings.verify) for n in ("train", "test")}
@@ -187,9 +193,9 @@ def _train(
         rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
         return share_out(rows, settings.rows_per_step, ranks.world)
 
-    tracker = None
+    curves = None
     if is_main_rank() and settings.tracker != "none":
-        tracker = Tracker(settings.tracker, settings.output, settings.model_dump(mode="json"))
+        curves = tracker.Tracker(settings.tracker, settings.output, settings.model_dump(mode="json"))
     finished = run_training(
         Run(
             settings=settings,
@@ -201,12 +207,12 @@ def _train(
             evaluate=evaluate,
             identity=identity,
             dtype=dtype,
-            tracker=tracker,
+            tracker=curves,
             state=state or checkpoint.RunState(),
         )
     )
-    if tracker:
-        tracker.close()
+    if curves:
+        curves.close()
     if not finished:
         leave(ranks)
         return None

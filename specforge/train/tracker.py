@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from specforge.errors import ConfigError
+
+
+def check(kind: str) -> None:
+    """Raises ConfigError where the tracker is not installed."""
+    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
+        fix = "pip install wandb, or use --tracker tensorboard"
+        raise ConfigError("Weights & Biases is not installed", where="--tracker wandb", fix=fix)
 
 
 class Tracker:
@@ -15,11 +23,8 @@ class Tracker:
     def __init__(self, kind: str, folder: Path, settings: dict[str, Any]) -> None:
         self._wandb = self._board = None
         if kind == "wandb":
-            try:
-                import wandb
-            except ImportError as error:
-                fix = "pip install wandb, or use --tracker tensorboard"
-                raise ConfigError("Weights & Biases is not installed", where="--tracker wandb", fix=fix) from error
+            import wandb
+
             self._wandb = wandb.init(project="specforge", dir=str(folder), config=settings, resume="allow")
         else:
             from tensorboardX import SummaryWriter

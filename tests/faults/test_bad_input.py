@@ -495,12 +495,32 @@ def train(work, *arguments):
 
 
 def test_training_takes_a_store_or_the_live_target(work):
-    neither = refused(run, work, *train(work))
-    both = refused(run, work, *train(work, "--online", "--features", work / "features", "--data", work / "data"))
-    for output in (neither, both):
-        where = output.split("where:")[1].splitlines()[0]
-        assert "--features" in where
-        assert "--online" in where
+    where = refused(run, work, *train(work)).split("where:")[1].splitlines()[0]
+    assert "--features" in where
+    assert "--online" in where
+
+
+def test_keeping_captured_states_where_something_else_is(work):
+    both = ["--online", "--data", work / "data", "--features"]
+    foreign("kept/train")
+    assert "holds no feature store" in refused(run, work, *train(work, *both, "kept"))
+    assert "'max_length'" in refused(run, work, *train(work, *both, work / "features"))
+
+
+def test_limits_of_a_store_that_is_not_kept(work):
+    for limit in (["--max-disk", "1GB"], ["--codec", "fp8"]):
+        assert "--max-disk" in refused(run, work, *train(work, "--online", "--data", work / "data", *limit))
+
+
+def test_a_tracker_that_is_not_installed(work):
+    assert "pip install wandb" in refused(
+        run, work, *train(work, "--features", work / "features", "--tracker", "wandb")
+    )
+
+
+def test_a_draft_to_start_from_that_is_none_or_of_other_sizes(work):
+    start = train(work, "--features", work / "features", "--deepspeed-config", ROOT / "ds_config.json", "--init-from")
+    assert "none" in refused(run_process, work, *start, "none", log=True)
 
 
 def test_a_store_that_is_not_there_or_is_unfinished(work):
