@@ -37,10 +37,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None) -> int | None:
+def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None, saves: bool = False) -> int | None:
     """Run this very command as several ranks and return its exit code; None where this process is a rank already, or
     the only one. `dp_size` replicas of `tp_size` ranks; where it is not given, with `replicas` as many as there are
-    GPUs for, else (and on a CPU) one.
+    GPUs for, else (and on a CPU) one. SIGTERM is passed on to the ranks, which have 30 seconds; with `saves` they are
+    known to use them, and the exit code is 0.
 
     Raises ConfigError where the machine has fewer devices than that."""
     if is_rank():
@@ -56,6 +57,7 @@ def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None)
     count = device_count() // tp_size * tp_size if every else least
     if count == 1:
         return None
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -65,6 +67,10 @@ def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None)
     )
     try:
         elastic_launch(plan, sys.executable)(*_own_command())
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        return 0 if saves and error.sigval == signal.SIGTERM else 128 + error.sigval
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if 2 not in codes.values():  # such a fault was explained by rank 0

@@ -95,7 +95,7 @@ def _train_from_store(
             where=f"{stores['test'].folder}/manifest.json, '{different[0]}'",
             fix="capture both again with one `specforge prepare-hidden`",
         )
-    code = launch.start_ranks(1)
+    code = launch.start_ranks(1, saves=True)
     if code is not None:
         return code
     counts_V = vocab.count_supervised(stores["train"].tokens_and_masks(), info.vocab_size)
@@ -116,7 +116,7 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
         for name in splits:
             existing(settings.features / name, manifests[name])
             refuse_busy(settings.features / name)
-    code = launch.start_ranks(settings.tp_size)
+    code = launch.start_ranks(settings.tp_size, saves=True)
     if code is not None:
         return code
     counted = ((example.token_ids, example.loss_mask) for example in splits["train"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -251,6 +252,36 @@ def test_sigterm_saves_and_ends_well_within_30_seconds(work):
     assert "stopped by SIGTERM after step" in said
     assert "going on after step" in run(training, work)
     assert losses(work / "ended") == pytest.approx(losses(work / "offline"), rel=1e-6)
+
+
+@pytest.mark.proof
+def test_sigterm_reaches_every_rank(work):
+    training = train("--online", "--data", "data", "--tp-size", 2, "--output", "ended2")
+    metrics = work / "ended2" / "metrics.jsonl"
+    far = lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 4  # noqa: E731
+    said, _ = (process := signalled(training, work, far, signal.SIGTERM)).communicate(timeout=35)
+    assert process.returncode == 0, said
+    assert said.count("stopped by SIGTERM after step") == 1
+    assert "going on after step" in run(training, work)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("source", ["--features feat", "--online --data data"])
+def test_two_machines_give_the_losses_of_one(work, source):
+    """Two agents of torchrun, as on two machines, each with one rank; on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    output = "two" + source.split()[0]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    given = [*agent, *train(*source.split(), "--output", output)[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    agents = [subprocess.Popen(given, cwd=work, env=environment, **pipes) for _ in range(2)]
+    said = [one.communicate(timeout=200)[0] for one in agents]
+    assert [one.returncode for one in agents] == [0, 0], said
+    assert losses(work / output) == pytest.approx(losses(work / "offline"), rel=1e-4)
 
 
 def test_plain_torch_gives_the_losses_of_deepspeed(work):

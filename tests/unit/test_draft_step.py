@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specforge.alignment import teacher_rows
+from specforge.draft import loss as loss_module
 from specforge.draft import step as step_module
 from specforge.draft import unroll as unroll_module
 from specforge.draft.model import DraftConfig, Eagle3Draft, Rotary
@@ -165,6 +166,74 @@ def test_equals_dense_reference_with_the_norms_of_eagle_3_1(norms, dtype, bound)
 def test_equals_dense_reference_with_the_loss_of_acceptance(supervised, dtype, bound):
     """Its bound in fp64 is that of the stored logsumexp, which is fp32."""
     compare(supervised, dtype, bound, kind="lk")
+
+
+@BOUNDS
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+def test_equals_dense_reference_in_many_chunks(kind, dtype, bound, monkeypatch):
+    """Chunks of eight teacher rows, some of which teach nobody; filled rows in each."""
+    monkeypatch.setattr(loss_module, "CHUNK", 8)
+    monkeypatch.setattr(loss_module, "MULTIPLE", 4)
+    compare(0.5, dtype, bound if kind == "kl" else max(bound, 1e-6), kind=kind)
+
+
+def _without_the_teachers_part_of_the_head(original):
+    def broken(student_mH, head_DH, z_CD, *rest):
+        found = original(student_mH, head_DH, z_CD, *rest)
+        found.right_xH[-len(z_CD) :] = 0
+        return found
+
+    return broken
+
+
+def _the_next_teacher(original):
+    def broken(student_mH, head_DH, z_CD, lse_C, teacher_m, weight_m):
+        return original(student_mH, head_DH, z_CD, lse_C, (teacher_m + 1) % len(z_CD), weight_m)
+
+    return broken
+
+
+def _every_step_alike(original):
+    def broken(student_mH, head_DH, z_CD, lse_C, teacher_m, weight_m):
+        return original(student_mH, head_DH, z_CD, lse_C, teacher_m, (weight_m > 0) * weight_m.max())
+
+    return broken
+
+
+def _filled_rows_with_weight(original):
+    def broken(student_mH, head_DH, z_CD, lse_C, teacher_m, weight_m):
+        filled_mH = torch.where((weight_m == 0)[:, None], student_mH[:1], student_mH)
+        return original(filled_mH, head_DH, z_CD, lse_C, teacher_m, weight_m.where(weight_m != 0, weight_m.max()))
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [_without_the_teachers_part_of_the_head, _the_next_teacher, _every_step_alike, _filled_rows_with_weight],
+)
+def test_the_comparison_notices_a_broken_loss(broken, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 8)
+    monkeypatch.setattr(loss_module, "_kl", broken(loss_module._kl))
+    draft, head, kept, dense, records = make(0.5, torch.float32)
+    ours(draft, head, kept, [pack(records, torch.float32)])
+    *_, weights = reference(draft, head, kept, dense)
+    assert difference(draft, weights) > 1e-3
+
+
+def test_the_comparison_notices_rows_that_are_left_out(monkeypatch):
+    """Of step 1 on, the last row that counts."""
+    original = unroll_module.filled
+
+    def broken(rows_R):
+        filled_R, count = original(rows_R)
+        return filled_R, count - 1 if count < 60 else count
+
+    monkeypatch.setattr(unroll_module, "filled", broken)
+    draft, head, kept, dense, records = make(1.0, torch.float32)
+    ours(draft, head, kept, [pack(records, torch.float32)])
+    *_, weights = reference(draft, head, kept, dense)
+    assert difference(draft, weights) > 1e-3
 
 
 def frequencies(rope, dim):
