@@ -48,6 +48,8 @@ class Recipe:
     rows_per_step: int = 1
     loss: str = "kl"
     padded: bool = False
+    chance: bool = False  # rows filled in random order, not longest first
+    one_count: bool = False  # every step's loss divided by step 0's rows, not by its own
     fp8: bool = False
     norms: dict[str, bool] = field(default_factory=dict)
 
@@ -58,6 +60,9 @@ RECIPES = {
     "fp8": Recipe(fp8=True),
     "eagle3.1": Recipe(norms={"fc_norm": True, "norm_output": True}),
     "lk": Recipe(loss="lk"),
+    "company by chance": Recipe(chance=True),
+    "2 rows a step": Recipe(rows_per_step=2),  # about as many tokens a step as 8 conversations
+    "2 rows a step, one count": Recipe(rows_per_step=2, one_count=True),
     "lr 5e-4": Recipe(lr=5e-4),
     "lr 1e-3": Recipe(lr=1e-3),
     "lr 4e-3": Recipe(lr=4e-3),
@@ -89,6 +94,14 @@ class Bench:
             order = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
             return [[order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
         rows = pack_rows(lengths, recipe.row_tokens, seed, epoch)
+        if recipe.chance:
+            rows, room = [[]], recipe.row_tokens
+            for record in np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist():
+                if lengths[record] > room:
+                    rows.append([])
+                    room = recipe.row_tokens
+                rows[-1].append(record)
+                room -= int(lengths[record])
         return [rows[at : at + recipe.rows_per_step] for at in range(0, len(rows), recipe.rows_per_step)]
 
     def train(self, recipe: Recipe, seed: int, store: Store) -> dict[str, Any]:
@@ -111,6 +124,8 @@ class Bench:
                 normaliser = torch.full((7,), len(lengths) * max(lengths))
             else:
                 normaliser = torch.stack([step.loss_rows(batch) for batch in batches]).sum(0)
+                if recipe.one_count:
+                    normaliser = normaliser[:1].expand(7)
             optimizer.accumulate(batches, normaliser)
             optimizer.update(learning_rate(number, len(steps), recipe.lr, 0.03), sound=True, limit=float("inf"))
             tokens += sum(sum(batch.lengths) for batch in batches)
