@@ -48,7 +48,7 @@ class Recipe:
     rows_per_step: int = 1
     loss: str = "kl"
     padded: bool = False
-    chance: bool = False  # rows filled in random order, not longest first
+    chance: bool = False  # rows filled one after the other in random order
     one_count: bool = False  # every step's loss divided by step 0's rows, not by its own
     fp8: bool = False
     norms: dict[str, bool] = field(default_factory=dict)
@@ -60,7 +60,7 @@ RECIPES = {
     "fp8": Recipe(fp8=True),
     "eagle3.1": Recipe(norms={"fc_norm": True, "norm_output": True}),
     "lk": Recipe(loss="lk"),
-    "company by chance": Recipe(chance=True),
+    "next fit": Recipe(chance=True),
     "2 rows a step": Recipe(rows_per_step=2),  # about as many tokens a step as 8 conversations
     "2 rows a step, one count": Recipe(rows_per_step=2, one_count=True),
     "lr 5e-4": Recipe(lr=5e-4),
