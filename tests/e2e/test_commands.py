@@ -121,6 +121,7 @@ def test_online_with_a_store_captures_once_and_leaves_features_for_other_runs(wo
     assert "hybrid" in said
 
 
+@pytest.mark.proof
 def test_online_with_a_full_disk_captures_the_rest_again(work):
     given = ["--online", "--data", "data", "--features", "some", "--max-disk", "300KB", "--output", "partly"]
     run(train(*given), work)
@@ -149,6 +150,7 @@ def test_benchmark_decodes_lossless_in_fp32(work):
     assert sum(part["predictions"] for part in forced["by_domain"].values()) == forced["predictions"]
 
 
+@pytest.mark.proof
 def test_benchmark_with_two_ranks(work):
     target = ["--model-path", "target", "--tp-size", 2]
     given = ["--draft", "offline/best", "--data", "data", "--num-prompts", 3, "--max-new-tokens", 12]

@@ -54,6 +54,7 @@ def test_prepare_hidden_states(work):
     assert len(Store(work / "hidden" / "train")) + len(Store(work / "hidden" / "test")) == 10
 
 
+@pytest.mark.proof
 def test_prepare_hidden_states_started_plainly_starts_its_own_ranks(work):
     flags = (
         "--model-path target --data-path rows.jsonl --max-length 256 --tp-size 2 --num-samples 4 --output-path plain"

@@ -109,6 +109,7 @@ def test_what_was_not_answered_is_recorded(work):
     assert all(len(row["produced"].replace("<|endoftext|>", " x").split()) == LONGEST for row in truncated)
 
 
+@pytest.mark.proof
 def test_a_run_that_was_killed_twice_gives_the_same_file(work):
     output = work / "killed.jsonl"
     first = embedded("killed.jsonl", "--concurrency", 4)

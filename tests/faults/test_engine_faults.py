@@ -112,6 +112,7 @@ def run(command: list[str], folder: Path, code: int) -> str:
     return done.stdout
 
 
+@pytest.mark.proof
 def test_a_record_with_nan_states_is_set_aside_and_spoils_no_other(poisoned):
     """1 of 1,001 is within 0.1 %. It shares its pass of the target with 41 others."""
     rows = data(poisoned, "one", 1001, {700})

@@ -63,6 +63,7 @@ def test_plain_torch_on_two_ranks(tmp_path, plain):
     assert apart(plain["float32"]["losses"], two["losses"]) < FP32_LOSS
 
 
+@pytest.mark.proof
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     """1, 2, 4 and 2 ranks in turn, against one throughout: the losses after each change."""
     straight = state(tmp_path / "straight", "2", "float32", 1, 0, 32)["losses"]
