@@ -6,20 +6,31 @@ import torch
 from torch import Tensor
 
 CACHED = 3 << 20  # bytes of fp32 logits that stay in a CPU core's cache between the passes over them
+GROUP = 256  # logits whose largest is found first: torch's amax is ten times as fast as its argmax on a CPU
 
 
 def columns(logits_nV: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """(argmax [n] int32, logsumexp [n] float32), exact in fp32 whatever the logits' dtype. The logits become
-    softcap * tanh(logits / softcap) first.
+    """(argmax [n] int32, of equals the first; logsumexp [n] float32), exact in fp32 whatever the logits' dtype. The
+    logits become softcap * tanh(logits / softcap) first.
 
-    On a CPU a few rows at a time: twice as fast, for a row is read four times (benchmarks/LOG.md)."""
-    rows = len(logits_nV) if logits_nV.is_cuda else CACHED // (4 * logits_nV.shape[1])
+    On a CPU a few rows at a time and in one buffer: six times as fast, for a row is read four times, and new memory
+    costs more than what is done in it (benchmarks/LOG.md)."""
+    count, size = logits_nV.shape
+    rows = max(1, count if logits_nV.is_cuda else min(count, CACHED // (4 * size)))
+    groups = -(-size // GROUP)
+    wide_rW = logits_nV.new_full((rows, groups * GROUP), float("-inf"), dtype=torch.float32)
     best, lse = [], []
-    for piece_rV in logits_nV.split(max(1, rows)):
-        wide_rV = capped(piece_rV.float(), softcap)
-        most_r, best_r = wide_rV.max(-1)
-        best.append(best_r.to(torch.int32))
-        lse.append((wide_rV - most_r[:, None]).exp_().sum(-1).log_().add_(most_r))
+    for piece_rV in logits_nV.split(rows):
+        own_rW = wide_rW[: len(piece_rV)]
+        own_rV = own_rW[:, :size].copy_(piece_rV)
+        if softcap:
+            own_rV.div_(softcap).tanh_().mul_(softcap)
+        grouped_rgG = own_rW.view(-1, groups, GROUP)
+        most_rg = grouped_rgG.amax(-1)
+        most_r1, group_r1 = most_rg.max(-1, keepdim=True)
+        in_group_rG = grouped_rgG[torch.arange(len(own_rW), device=own_rW.device), group_r1[:, 0]]
+        best.append((group_r1[:, 0] * GROUP + in_group_rG.argmax(-1)).to(torch.int32))
+        lse.append(own_rW.sub_(most_r1).exp_().sum(-1).log_() + most_r1[:, 0])
     return torch.cat(best), torch.cat(lse)
 
 

@@ -343,8 +343,7 @@ class _LogitsHook:
         self.last = hidden[self.rows.to(hidden.device)]
         top1, lse, kept = [], [], []
         for piece in self.last.split(HEAD_ROWS):
-            logits = module._get_logits(piece, seen["lm_head"], metadata, use_logits_buffer=False)
-            logits = logits[:, : module.config.vocab_size]
+            logits = self._logits(module, piece, seen["lm_head"], metadata)[:, : module.config.vocab_size]
             best, total = teacher.columns(logits, self._softcap)
             top1.append(best)
             lse.append(total)
@@ -354,6 +353,15 @@ class _LogitsHook:
         self.lse = torch.cat(lse) if lse else torch.empty(0, device=hidden.device)
         if self.keep_logits:
             self.logits = torch.cat(kept)
+
+    @staticmethod
+    def _logits(module: Any, hidden_nH: Tensor, head: Any, metadata: Any) -> Tensor:
+        """[n, V or more] SGLang's own logits. Where nothing but its head product makes them, they stay in the head's
+        dtype: their copy in fp32 costs as much as the product (benchmarks/LOG.md), and `columns` widens by pieces."""
+        scaled = module.logit_scale is not None or module.final_logit_softcapping
+        if scaled or module.do_tensor_parallel_all_gather:
+            return module._get_logits(hidden_nH, head, metadata, use_logits_buffer=False)
+        return module._compute_lm_head(hidden_nH, head)
 
 
 @contextlib.contextmanager
