@@ -127,7 +127,8 @@ class Bench:
                 if recipe.one_count:
                     normaliser = normaliser[:1].expand(7)
             optimizer.accumulate(batches, normaliser)
-            optimizer.update(learning_rate(number, len(steps), recipe.lr, 0.03), sound=True, limit=float("inf"))
+            rate = learning_rate(number, len(steps), recipe.lr, 0.03)
+            optimizer.update(rate, torch.zeros(1), limit=float("inf"))
             tokens += sum(sum(batch.lengths) for batch in batches)
         seconds = time.perf_counter() - began
         found = teacher_forced(draft, step.embedding_VH, self.kept_D, self.held_out(), 7)

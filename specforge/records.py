@@ -102,7 +102,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRecord:
-    """One conversation as the target saw it. Row t of a [T, ...] tensor belongs to token t; `draft.unroll` shifts."""
+    """One conversation as the target saw it. Row t of a [T, ...] tensor belongs to token t; `draft.unroll` shifts.
+
+    `token_ids`, `loss_mask` and `teacher_top1` are on the host, the others where the engine or the reader put them."""
 
     sample_id: int
     token_ids: Tensor  # [T] int32, exactly what the target was fed
@@ -122,25 +124,27 @@ class FeatureRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureBatch:
-    """One packed row: whole records, one after the other, no padding. The unit of a draft step."""
+    """One packed row: whole records, one after the other, no padding. The unit of a draft step.
+
+    What decides which rows are computed is on the host, so that nobody waits for the device to know their number."""
 
     sample_ids: tuple[int, ...]
     lengths: tuple[int, ...]
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, position inside the record
-    depth: Tensor  # [T] int64, draft steps of the row that count
     aux: Tensor  # [T, A]
     last: Tensor  # [S, H]
-    teacher_index: Tensor  # [T] int64, row of token t in the [S, ...] tensors, -1 where it has none
-    teacher_top1: Tensor  # [S] int64
     teacher_lse: Tensor  # [S] float32
+    depth: Tensor  # [T] int64, on the host: draft steps of the row that count
+    teacher_index: Tensor  # [T] int64, on the host: row of token t in the [S, ...] tensors, -1 where it has none
+    teacher_top1: Tensor  # [S] int64, on the host
 
     @classmethod
     def pack(cls, records: Sequence[FeatureRecord], device: torch.device, dtype: torch.dtype) -> FeatureBatch:
         import torch
 
         lengths = [len(record) for record in records]
-        mask_T = torch.cat([record.loss_mask for record in records]).cpu().numpy()
+        mask_T = torch.cat([record.loss_mask for record in records]).numpy()
         teachers_S = torch.from_numpy(teacher_rows(mask_T, lengths))
         index_T = torch.full((sum(lengths),), -1, dtype=torch.int64)
         index_T[teachers_S] = torch.arange(len(teachers_S))
@@ -153,12 +157,12 @@ class FeatureBatch:
             lengths=tuple(lengths),
             token_ids=joined("token_ids", torch.int64),
             positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
-            depth=torch.from_numpy(prediction_depth(mask_T, lengths)).to(device),
             aux=joined("aux", dtype),
             last=joined("last", dtype),
-            teacher_index=index_T.to(device),
-            teacher_top1=joined("teacher_top1", torch.int64),
             teacher_lse=joined("teacher_lse", torch.float32),
+            depth=torch.from_numpy(prediction_depth(mask_T, lengths)),
+            teacher_index=index_T,
+            teacher_top1=torch.cat([record.teacher_top1 for record in records]).long(),
         )
 
 

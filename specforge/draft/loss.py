@@ -48,19 +48,19 @@ class Teacher:
 class FusedLoss(torch.autograd.Function):
     """(student_MH, head_DH) -> (sum of weight * loss, loss_M, best_M).
 
-    M rows of all steps. `teacher_M` is the teacher row of each, `weight_M` its share in the sum. loss_M is each row's
-    loss (nats), best_M the draft id with the highest student logit; neither carries a gradient."""
+    M rows of all steps. `teacher_M` (on the host) is the teacher row of each, `weight_M` its share in the sum. loss_M
+    is each row's loss (nats), best_M the draft id with the highest student logit; neither carries a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, student_MH: Tensor, head_DH: Tensor, teacher: Teacher, teacher_M: Tensor, weight_M: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(head_DH.dtype, torch.float32)
-        order_M = torch.argsort(teacher_M, stable=True)
-        sorted_M = teacher_M[order_M].contiguous()
         total = len(teacher.last_SH)
         starts = list(range(0, total, CHUNK))
-        bounds = torch.searchsorted(sorted_M, torch.tensor([*starts, total], device=sorted_M.device)).tolist()
+        teacher_M, order_M = torch.sort(teacher_M, stable=True)
+        bounds = torch.searchsorted(teacher_M, torch.tensor([*starts, total])).tolist()
+        teacher_M, order_M = teacher_M.to(student_MH.device), order_M.to(student_MH.device)
         with_grad = student_MH.requires_grad or head_DH.requires_grad
         loss_M = torch.zeros(len(teacher_M), device=student_MH.device, dtype=wide)
         best_M = torch.zeros(len(teacher_M), dtype=torch.int64, device=student_MH.device)
@@ -68,7 +68,8 @@ class FusedLoss(torch.autograd.Function):
         grad_head_DH = torch.zeros_like(head_DH, dtype=wide) if with_grad else None
         of_chunk = _kl if teacher.kind == "kl" else _lk
         for number, start in enumerate(starts):
-            picked = order_M[bounds[number] : bounds[number + 1]]
+            own = slice(bounds[number], bounds[number + 1])
+            picked = order_M[own]
             count, spare = len(picked), -len(picked) % MULTIPLE
             if count == 0:
                 continue
@@ -79,7 +80,7 @@ class FusedLoss(torch.autograd.Function):
                 head_DH,
                 z_CD,
                 F.pad(teacher.lse_S[start : start + CHUNK], (0, max(0, start + CHUNK - total))),
-                F.pad(teacher_M[picked] - start, (0, spare)),
+                F.pad(teacher_M[own] - start, (0, spare)),
                 F.pad(weight_M[picked], (0, spare)),
             )
             loss_M[picked], best_M[picked] = found.loss_m[:count], found.best_m[:count]

@@ -38,36 +38,39 @@ MULTIPLE = 64
 class UnrolledStep:
     """Step i of the rows that count."""
 
-    rows_R: Tensor  # [R] positions in the packed row, ascending
+    rows_R: Tensor  # [R] on the host: positions in the packed row, ascending
     hidden_RH: Tensor  # before the final norm
-    teacher_R: Tensor  # [R] the teacher row (index into the batch's [S, ...] tensors) of each prediction
+    teacher_R: Tensor  # [R] on the host: the teacher row (index into the batch's [S, ...] tensors) of each prediction
 
 
 def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int) -> list[UnrolledStep]:
-    """All steps' hidden states; steps in which no row counts are empty."""
+    """All steps' hidden states; steps in which no row counts are empty. Reads nothing back from the device."""
     spare = -len(batch.token_ids) % MULTIPLE
     tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
+    device = tokens_T.device
     next_token_T = torch.roll(tokens_T, -1)  # of a record's last token it is wrong, and read by no row that counts
     feature_TH = draft.fuse(F.pad(batch.aux, (0, 0, 0, spare)))
     x_T2H = draft.attention_input(F.embedding(next_token_T, embedding_VH), feature_TH)
     keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
 
     rows_R, count = filled(torch.nonzero(depth_T > 0).squeeze(1))
-    feature_RH, x_R2H = feature_TH[rows_R], x_T2H[rows_R]
+    at_R = rows_R.to(device)
+    feature_RH, x_R2H = feature_TH[at_R], x_T2H[at_R]
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     done = []
     for i in range(steps):
         if i > 0:
             inside_R, count = filled(torch.nonzero(depth_T[rows_R[:count]] > i).squeeze(1))
-            rows_R, feature_RH = rows_R[inside_R], feature_RH[inside_R]
-            x_R2H = draft.attention_input(F.embedding(tokens_T[rows_R + 1 + i], embedding_VH), feature_RH)
-            key_RKE, value_RKE = draft.keys_values(x_R2H, positions_T[rows_R] + i)
+            rows_R, inside_R = rows_R[inside_R], inside_R.to(device)
+            at_R, feature_RH = at_R[inside_R], feature_RH[inside_R]
+            x_R2H = draft.attention_input(F.embedding(tokens_T[at_R + 1 + i], embedding_VH), feature_RH)
+            key_RKE, value_RKE = draft.keys_values(x_R2H, positions_T[at_R] + i)
             own_keys = [key[inside_R] for key in own_keys] + [key_RKE]
             own_values = [value[inside_R] for value in own_values] + [value_RKE]
-        q_RNE = draft.queries(x_R2H, positions_T[rows_R] + i)
+        q_RNE = draft.queries(x_R2H, positions_T[at_R] + i)
         segments = record_segments(rows_R[:count], batch.lengths)
-        attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, rows_R, segments)
+        attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, at_R, segments)
         hidden_RH = draft.finish(feature_RH, attended_RNE)
         feature_RH = draft.feed_back(hidden_RH)
         done.append(

@@ -40,15 +40,16 @@ def teacher_forced(
     for batch in batches:
         if batch is None:
             continue
-        accepted_T = torch.zeros_like(batch.depth)  # drafts in a row that the target would accept
+        accepted_T = torch.zeros_like(batch.depth)  # on the host: drafts in a row that the target would accept
         for i, step in enumerate(unroll(draft, embedding_VH, batch, steps)):
             teacher_R = batch.teacher_top1[step.teacher_R]
             if calibrate and i == 0:
                 guess_R, confidence_R = confident_guesses(draft, step.hidden_RH, kept_D)
-                bins_3B += binned(confidence_R.cpu().numpy(), (guess_R == teacher_R).cpu().numpy())
+                bins_3B += binned(confidence_R.cpu().numpy(), (guess_R.cpu() == teacher_R).numpy())
             else:
                 guess_R = guesses(draft, step.hidden_RH, kept_D)
-            accepted_T[step.rows_R] += ((guess_R == teacher_R) & (accepted_T[step.rows_R] == i)).long()
+            hit_R = guess_R.cpu() == teacher_R
+            accepted_T[step.rows_R] += (hit_R & (accepted_T[step.rows_R] == i)).long()
         found.append(_by_record(batch, accepted_T, kept_D, steps))
     of_ranks: list[Any] = [(found, bins_3B)]
     if dist.is_initialized():
@@ -74,11 +75,10 @@ def _nothing(steps: int) -> Sums:
 
 def _by_record(batch: FeatureBatch, accepted_T: Tensor, kept_D: Tensor, steps: int) -> Sums:
     """(sample ids, rows, accepted, walk, known) of the batch's records."""
-    depth = batch.depth.cpu().numpy()
-    accepted = accepted_T.cpu().numpy()
+    depth, accepted = batch.depth.numpy(), accepted_T.numpy()
     first_S = batch.teacher_index[torch.nonzero(batch.depth > 0).squeeze(1) + 1]
     known = np.zeros(len(depth), dtype=np.int64)
-    known[depth > 0] = torch.isin(batch.teacher_top1[first_S], kept_D).cpu().numpy()
+    known[depth > 0] = torch.isin(batch.teacher_top1[first_S], kept_D.cpu()).numpy()
     starts_N = np.cumsum((0, *batch.lengths[:-1]))
 
     def beyond(count_T: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -98,13 +98,13 @@ def _by_record(batch: FeatureBatch, accepted_T: Tensor, kept_D: Tensor, steps: i
 def surprise(draft: Eagle3Draft, embedding_VH: Tensor, kept_D: Tensor, batches: Iterable[FeatureBatch]) -> Tensor:
     """[R] nats: minus the log of the probability that draft step 0 gives to the target's own choice; rows whose choice
     is outside the draft vocabulary are left out. Finer than acceptance: a few hundred rows tell two inputs apart."""
-    found = []
+    found, host_D = [], kept_D.cpu()
     for batch in batches:
         step = unroll(draft, embedding_VH, batch, 1)[0]
         teacher_R = batch.teacher_top1[step.teacher_R]
-        known_R = torch.isin(teacher_R, kept_D)
-        wanted_R = torch.searchsorted(kept_D, teacher_R[known_R])
-        hidden_RH = step.hidden_RH[known_R]
+        known_R = torch.isin(teacher_R, host_D)
+        wanted_R = torch.searchsorted(host_D, teacher_R[known_R]).to(kept_D.device)
+        hidden_RH = step.hidden_RH[known_R.to(kept_D.device)]
         pieces = zip(hidden_RH.split(HEAD_ROWS), wanted_R.split(HEAD_ROWS), strict=True)
         found += [F.cross_entropy(draft.lm_head(draft.norm(h)).float(), w, reduction="none") for h, w in pieces]
     return torch.cat(found) if found else torch.empty(0)

@@ -100,7 +100,7 @@ class HfEngine:
                     loss_mask=torch.from_numpy(example.loss_mask),
                     aux=aux,
                     last=last,
-                    teacher_top1=top1,
+                    teacher_top1=top1.cpu(),
                     teacher_lse=lse,
                 )
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,15 @@ def train(run: Run) -> bool:
             own_slots = [[run.ranks.of_replica(slot) for slot in slots] for slots in steps]
             records = run.source.batches([slot for slots in own_slots for slot in slots])
             with progress(f"epoch {state.epoch + 1}/{settings.epochs}", len(steps), "steps") as bar:
-                for slots in steps:
-                    clock = Clock()
-                    found = clock.timed(run.source.kind, lambda: list(islice(records, len(slots))))  # noqa: B023
-                    batches = clock.timed("data", lambda: [_packed(run, one) for one in found])  # noqa: B023
-                    row = _update(run, batches, total, stop.asked)
+                clock = Clock()
+                batches = _fetch(run, records, clock)
+                for _ in steps:
+                    row, batches = _update(run, batches, total, stop.asked, partial(_fetch, run, records, clock))
                     _log(run, row | clock.rates(row))
                     advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens'] / clock.seconds:,.0f} tokens/s")
                     if state.updates % settings.save_steps == 0 or row["stop"]:
                         _save(run)
+                    clock = Clock()
                     if row["stop"]:
                         say(f"stopped by SIGTERM after step {state.updates}; the same command goes on from there")
                         return False
@@ -91,25 +92,39 @@ def train(run: Run) -> bool:
     return True
 
 
-def _update(run: Run, batches: list[FeatureBatch | None], total: int, stop: bool) -> dict[str, Any]:
-    """One optimizer step over this rank's packed rows."""
+Batches = list[FeatureBatch | None]  # this rank's packed rows of an optimizer step
+
+
+def _fetch(run: Run, records: Iterator[list[FeatureRecord]], clock: Clock) -> Batches:
+    """The next optimizer step's rows; none after the epoch's last."""
+    rows = run.settings.rows_per_step // run.ranks.world
+    found = clock.timed(run.source.kind, lambda: list(islice(records, rows)))
+    return clock.timed("data", lambda: [_packed(run, one) for one in found])
+
+
+def _update(
+    run: Run, batches: Batches, total: int, stop: bool, fetch: Callable[[], Batches]
+) -> tuple[dict[str, Any], Batches]:
+    """One optimizer step, and the next one's rows: they are captured or read while the device is at the backward."""
     settings, state = run.settings, run.state
     run.step.train()
     normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
+    normaliser = normaliser.to(run.ranks.device)
     dist.all_reduce(normaliser)
     results = run.optimizer.accumulate(batches, normaliser)
-    row = _measure(results, batches, normaliser, stop, run)
+    following = fetch()
     rate = learning_rate(state.updates, total, settings.lr, settings.warmup_share, settings.schedule)
-    norm, applied = run.optimizer.update(rate, math.isfinite(row["loss"]), _longest_norm(run))
+    done = run.optimizer.update(rate, _sums(results, batches, normaliser, stop), _longest_norm(run))
     state.updates += 1
     state.step_in_epoch += 1
-    row |= {"step": state.updates, "epoch": state.epoch, "lr": rate, "grad_norm": norm, "applied": applied}
-    if applied:
+    row = _readable(done.sums, settings)
+    row |= {"step": state.updates, "epoch": state.epoch, "lr": rate, "grad_norm": done.norm, "applied": done.applied}
+    if done.applied:
         state.applied, state.skipped_in_a_row = state.applied + 1, 0
-        state.norms = [*state.norms[1 - NORMS_KEPT :], norm]
+        state.norms = [*state.norms[1 - NORMS_KEPT :], done.norm]
     else:
         _skipped(run, row)
-    return row
+    return row, following
 
 
 def _longest_norm(run: Run) -> float:
@@ -157,23 +172,27 @@ def _end_of_epoch(run: Run) -> None:
     _save(run, best=better)
 
 
-def _measure(
-    results: list[StepResult], batches: list[FeatureBatch | None], normaliser: Tensor, stop: bool, run: Run
-) -> dict[str, Any]:
-    """Sums over ranks and rows, as numbers a person reads. Once a step the host waits for the device: here."""
-    per_step = [sum(getattr(r, name) for r in results).double() for name in ("loss_sum", "hits", "rows")]
+def _sums(results: Sequence[StepResult], batches: Batches, normaliser: Tensor, stop: bool) -> Tensor:
+    """Over ranks and rows, on the device: what `_readable` takes apart."""
     tokens = sum(sum(batch.lengths) for batch in batches if batch)
     supervised = sum(len(batch.last) for batch in batches if batch)
-    scalars = torch.tensor([tokens, supervised, stop], dtype=torch.float64, device=normaliser.device)
-    sums = torch.cat([scalars, *per_step])
+    device, rows_i = normaliser.device, torch.stack([result.rows for result in results]).sum(0)
+    known_here = torch.tensor([tokens, supervised, stop, *rows_i.tolist()], dtype=torch.float64).to(device)
+    per_step = [torch.stack([getattr(r, name) for r in results]).double().sum(0) for name in ("loss_sum", "hits")]
+    sums = torch.cat([known_here, *per_step])
     dist.all_reduce(sums)
-    tokens, supervised, stops, *found = torch.cat([sums, normaliser]).tolist()
-    steps = run.settings.steps
-    losses, hits, rows, counts = (found[at : at + steps] for at in range(0, 4 * steps, steps))
+    return torch.cat([sums, normaliser.double()])
+
+
+def _readable(sums: list[float], settings: TrainSettings) -> dict[str, Any]:
+    """As numbers that a person reads."""
+    tokens, supervised, stops, *found = sums
+    steps = settings.steps
+    rows, losses, hits, counts = (found[at : at + steps] for at in range(0, 4 * steps, steps))
     loss_i = [loss / max(count, 1) for loss, count in zip(losses, counts, strict=True)]
     accuracy_i = [hit / max(count, 1) for hit, count in zip(hits, rows, strict=True)]
     return {
-        "loss": sum(run.settings.step_decay**i * loss for i, loss in enumerate(loss_i)),
+        "loss": sum(settings.step_decay**i * loss for i, loss in enumerate(loss_i)),
         "loss_by_step": [round(loss, 5) for loss in loss_i],
         "accuracy_by_step": [round(accuracy, 5) for accuracy in accuracy_i],
         "expected_length": 1 + sum(math.prod(accuracy_i[: i + 1]) for i in range(steps)),

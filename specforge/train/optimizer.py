@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,20 @@ def learning_rate(step: int, total: int, peak: float, warmup_share: float, sched
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What came of an optimizer step."""
+
+    sums: list[float]  # as given, read
+    norm: float  # of the gradient, before clipping
+    applied: bool
+
+
+def read(sums: Tensor, norm: Tensor | float, limit: float) -> Update:
+    *values, length = torch.cat([sums, torch.as_tensor(norm, dtype=sums.dtype, device=sums.device)[None]]).tolist()
+    return Update(sums=values, norm=length, applied=all(map(math.isfinite, (*values, length))) and length <= limit)
+
+
 class DraftOptimizer:
     """The draft step in a DeepSpeed engine; data-parallel over all ranks."""
 
@@ -152,24 +167,25 @@ class DraftOptimizer:
                 self._engine.step()  # counts the rows; updates after the last one only
         return results
 
-    def update(self, rate: float, sound: bool, limit: float) -> tuple[float, bool]:
-        """The update with what was accumulated; nothing changes where the loss was not `sound`, or the gradient is not
-        finite or longer than `limit`. Returns (norm of the gradient before clipping, whether it was applied)."""
+    def update(self, rate: float, sums: Tensor, limit: float) -> Update:
+        """The update with what was accumulated; nothing changes where one of `sums` is not finite, or the gradient is
+        not finite or longer than `limit`. `sums`, on the device, are read with the gradient's norm: the one time in a
+        step that the host waits for the device."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._sound, self._limit, self._applied, self._norm = sound, limit, False, math.inf
-        if not self._stage:  # the others know their norm, and keep none where it is not finite
+        self._sums, self._limit = sums, limit
+        self._done: Update | None = None
+        if not self._stage:  # before it is clipped; the others know their norm, and keep none where it is not finite
             gradients = [p.grad for _, p in self._named() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        return self._norm, self._applied
+        return self._done or read(sums, math.inf, limit)
 
     def _step_if_sound(self, step: Callable[[], Any]) -> None:
         """In the place of AdamW's own step, so that no moment takes in what is skipped."""
-        if self._stage:
-            self._norm = float(self._engine.optimizer._global_grad_norm)
-        if self._sound and math.isfinite(self._norm) and self._norm <= self._limit:
-            self._applied = True
+        norm = self._engine.optimizer._global_grad_norm if self._stage else self._norm
+        self._done = read(self._sums, norm, self._limit)
+        if self._done.applied:
             step()
 
     def state(self) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@ be had. Nothing is partitioned: every rank holds the fp32 weights and moments.""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from specforge.draft.step import DraftStep, StepResult
 from specforge.records import FeatureBatch, Ranks
-from specforge.train.optimizer import MOMENTS
+from specforge.train.optimizer import MOMENTS, Update, read
 
 
 class PlainOptimizer:
@@ -45,16 +44,16 @@ class PlainOptimizer:
             dist.all_reduce(weight.grad)
         return results
 
-    def update(self, rate: float, sound: bool, limit: float) -> tuple[float, bool]:
+    def update(self, rate: float, sums: Tensor, limit: float) -> Update:
         """As DraftOptimizer.update."""
         for group in self._adam.param_groups:
             group["lr"] = rate
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self._weights.values()), self._clip))
-        applied = sound and math.isfinite(norm) and norm <= limit
-        if applied:
+        norm = torch.nn.utils.clip_grad_norm_(list(self._weights.values()), self._clip)
+        done = read(sums, norm, limit)
+        if done.applied:
             self._adam.step()
             self._write_back()
-        return norm, applied
+        return done
 
     def _write_back(self) -> None:
         with torch.no_grad():

@@ -56,8 +56,9 @@ def main() -> None:
         dist.all_reduce(loss)
         losses.append(loss)
         # What is skipped leaves no trace, whoever skips it.
-        norm, applied = optimizer.update(RATE, sound=update != SKIPPED[0], limit=1e-9 if update == SKIPPED[1] else 1e9)
-        assert applied == (update not in SKIPPED), (update, norm, applied)
+        sums = torch.tensor([float("nan") if update == SKIPPED[0] else 1.0])
+        done = optimizer.update(RATE, sums, limit=1e-9 if update == SKIPPED[1] else 1e9)
+        assert done.applied == (update not in SKIPPED), (update, done)
     state = optimizer.state() | {"losses": torch.stack(losses)}
     if ranks.rank == 0:
         save_file(state, output)

@@ -110,6 +110,7 @@ class SglangEngine:
         self._hook.rows = torch.cat([torch.from_numpy(r) + s for r, s in zip(rows, starts, strict=False)])
         self._prefill([example.token_ids.tolist() for example in examples])
         seen, records, teacher_start = self._hook, [], 0
+        top1 = seen.top1.cpu()
         for example, own_rows, start in zip(examples, rows, starts, strict=False):
             tokens = slice(start, start + len(example.token_ids))
             teachers = slice(teacher_start, teacher_start + len(own_rows))
@@ -121,7 +122,7 @@ class SglangEngine:
                     loss_mask=torch.from_numpy(example.loss_mask),
                     aux=seen.aux[tokens],
                     last=seen.last[teachers],
-                    teacher_top1=seen.top1[teachers],
+                    teacher_top1=top1[teachers],
                     teacher_lse=seen.lse[teachers],
                 )
             )
