@@ -243,6 +243,36 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been_killed(work):
     assert not [p for p in work.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("source", ["--features feat", "--online --data data", "--online --data data --features own"])
+def test_forty_steps_and_twenty_a_kill_and_twenty_are_the_same(work, source, monkeypatch):
+    """Offline, online, hybrid; one thread, so that no sum has two orders. No step draws anything at random: the rows of
+    an epoch are a function of seed and epoch, so equal losses and token counts of all steps are the same order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def forty(name: str) -> list[str]:
+        given = source.replace("own", f"own-{name}").split()
+        return train(*given, "--output", f"{name}{len(given)}", "--epochs", 6, "--save-steps", 20)
+
+    run(forty("straight"), work)
+    straight, killed = (work / f"{name}{len(source.split())}" for name in ("straight", "killed"))
+    kill_when(forty("killed"), work, lambda: (killed / "checkpoints" / "step-0000020").exists())
+    assert "going on after step 20" in run(forty("killed"), work)
+    one, two = newest(straight), newest(killed)
+    assert one.name == two.name >= "step-0000040"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (straight, killed)
+    ]
+    timed = ("tokens_per_second", "supervised_tokens_per_second", "time_share")
+    one, two = ([{k: v for k, v in row.items() if k not in timed} for row in found] for found in rows)
+    assert one == two
+
+
 def test_sigterm_saves_and_ends_well_within_30_seconds(work):
     """As schedulers end a job; the run that goes on is the one that was never ended."""
     training = train("--features", "feat", "--output", "ended")
