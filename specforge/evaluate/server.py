@@ -20,7 +20,7 @@ from specforge.records import Conversation, Message, Sampling
 SGLANG_INFO = ("/server_info", "/get_server_info")  # the second in older releases
 SGLANG_ASK = "return_spec_tokens_details"  # key of a request
 SGLANG_DETAILS = ("sglext", "spec_tokens_details")  # keys of a chunk of the stream, one in the other
-SGLANG_ACCEPTED, SGLANG_PASSES = "spec_num_correct_drafts", "spec_verify_ct"  # in those details
+SGLANG_PASSES = "spec_verify_ct"  # in those details: passes of the target that verified drafts
 SGLANG_STATES, SGLANG_AVERAGE = "internal_states", "avg_spec_accept_length"  # in the info, since the server's start
 SGLANG_SETUP = {
     "algorithm": "speculative_algorithm",
@@ -37,7 +37,8 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """Drafts that stood, and the passes of the target that verified them (a prompt's own pass not counted)."""
+    """Drafts that stood, and the passes of the target that verified them; each pass adds a token of its own. The first
+    token of an answer comes with its prompt's pass, and is not counted."""
 
     drafts: float = 0
     passes: float = 0
@@ -188,7 +189,7 @@ def _request(server: Server, history: Sequence[Message], sampling: Sampling, see
 async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain: str) -> tuple[Reply, str]:
     """(figures, text) of one answer."""
     began, first, last = time.perf_counter(), None, 0.0
-    text, tokens, accepted = "", None, None
+    text, tokens, passes = "", None, 0
     async with client.stream("POST", CHAT, json=request) as response:
         if response.status_code != 200:
             await response.aread()
@@ -205,7 +206,7 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
                     first = first or last
                 text += delta.get("content") or ""
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            accepted = _accepted(chunk) or accepted
+            passes = _passes(chunk) or passes
     if tokens is None:
         raise _RefusedError("the stream told no number of tokens (stream_options.include_usage)")
     reply = Reply(
@@ -213,7 +214,7 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
         tokens=int(tokens),
         first=(first or last) - began,
         seconds=last - began,
-        accepted=accepted,
+        accepted=Accepted(drafts=int(tokens) - 1 - passes, passes=passes) if passes else None,
     )
     return reply, text
 
@@ -231,12 +232,9 @@ def _chunk(line: str) -> dict[str, Any] | None:
     return found
 
 
-def _accepted(chunk: Mapping[str, Any]) -> Accepted | None:
+def _passes(chunk: Mapping[str, Any]) -> int:
     outer, inner = SGLANG_DETAILS
-    details = (chunk.get(outer) or {}).get(inner) or {}
-    if not details.get(SGLANG_PASSES):
-        return None
-    return Accepted(drafts=details[SGLANG_ACCEPTED], passes=details[SGLANG_PASSES])
+    return int(((chunk.get(outer) or {}).get(inner) or {}).get(SGLANG_PASSES) or 0)
 
 
 def summary(replies: Sequence[Reply], seconds: float, counters: Accepted | None = None) -> dict[str, Any]:
