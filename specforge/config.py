@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,12 @@ from specforge.errors import ConfigError
 
 POSITIONAL = ("folder", "folders", "runs")  # on the command line these are given without a flag
 
-
 Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
+
+
+def flags(names: Iterable[str]) -> str:
+    """Settings as they are typed."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 class Settings(BaseModel):
@@ -34,12 +39,6 @@ class EngineSettings(Settings):
     )
     tokens_per_batch: int = Field(8192, ge=1, description="most tokens in one forward pass of the target")
     trust_remote_code: bool = Field(False, description="run code that comes with the target")
-
-
-def engine_flags(settings: EngineSettings) -> str:
-    """What was given of how an engine in this process runs, and means nothing to a server that runs already."""
-    given = settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"}
-    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
 
 
 class DataSettings(Settings):

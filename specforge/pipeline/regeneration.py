@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from specforge.config import RegenerateSettings, engine_flags
+from specforge.config import EngineSettings, RegenerateSettings, flags
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import formats
 from specforge.data.dialogue import Dialogue, Outcome, read_special_texts
@@ -114,10 +114,11 @@ def _check(settings: RegenerateSettings) -> None:
         )
     if settings.server is None and settings.model_path is None:
         raise ConfigError("no target is given", where="--model-path, --server", fix="give one of them")
-    if settings.server and engine_flags(settings):
+    engine_only = settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"}
+    if settings.server and engine_only:
         raise ConfigError(
             "a server runs the target as it was started",
-            where=engine_flags(settings),
+            where=flags(engine_only),
             fix="leave it out with --server",
         )
 

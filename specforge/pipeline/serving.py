@@ -23,7 +23,7 @@ import httpx
 from rich.markup import escape
 from rich.table import Table
 
-from specforge.config import BenchmarkSettings, engine_flags
+from specforge.config import BenchmarkSettings, flags
 from specforge.console import advance, console, progress, say
 from specforge.data import questions
 from specforge.endpoint import model_name, root, unusable
@@ -34,7 +34,9 @@ from specforge.evaluate.server import Reply, Server
 from specforge.files import write_json
 from specforge.records import Conversation, Sampling
 
-SERVER_ONLY = ("server", "launch", "launch_args", "concurrency")
+SERVER_ONLY = {"server", "launch", "launch_args", "concurrency"}
+HEARD = {"model_path", "output", "num_prompts", "questions", "max_new_tokens", "temperature", "seed"} | SERVER_ONLY
+LAUNCHED_WITH = {"draft", "steps", "tp_size", "mem_frac", "dtype", "trust_remote_code"}
 NOT_REPORTED = "not reported"
 
 
@@ -56,7 +58,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
             result["served"] = {"questions": name, "command": command}
             _measure(settings, url, asked, result["served"])
         if _in_process(settings):
-            result = _own_part(settings, name) | result
+            result |= _own_part(settings, name) | result  # the keys that both have are the server's
             result |= side_by_side(result)
     return None
 
@@ -82,18 +84,13 @@ def _check(settings: BenchmarkSettings) -> None:
         refuse("no question is left for the server", "--num-prompts 0", "give at least 1")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         refuse("each rank would ask the server", "torchrun, deepspeed", "start the command plainly")
-    if settings.server and not _in_process(settings):
-        if settings.draft:
-            fix = "give --data or --features, too, to measure it in this process, or leave it out"
-            refuse("a server drafts as it was started", "--draft", fix)
-        if engine_flags(settings):
-            refuse("a server runs the target as it was started", engine_flags(settings), "leave it out with --server")
+    unheard = given - HEARD - (LAUNCHED_WITH if settings.launch else set())
+    if unheard and not _in_process(settings):
+        fix = "leave it out; or give --data or --features, too, to measure in this process as well"
+        refuse("a server alone does not hear of all that is given", flags(unheard), fix)
     if _in_process(settings) and not (settings.draft and settings.model_path):
-        refuse(
-            "held-out text is given, and no draft or target to measure on it",
-            "--data, --features",
-            "give --draft and --model-path, too, or leave the text out to measure the server alone",
-        )
+        fix = "give --draft and --model-path, too, or leave the text out to measure the server alone"
+        refuse("held-out text is given, and no draft or target to measure on it", "--data, --features", fix)
 
 
 def _in_process(settings: BenchmarkSettings) -> bool:
@@ -253,7 +250,7 @@ def _milliseconds(times: Mapping[str, float] | None) -> str:
 
 def _own_part(settings: BenchmarkSettings, name: str) -> dict[str, Any]:
     """The same benchmark in process, on the same questions, as a command of its own."""
-    own = settings.model_dump(mode="json", include=settings.model_fields_set - {*SERVER_ONLY, "output"})
+    own = settings.model_dump(mode="json", include=settings.model_fields_set - SERVER_ONLY - {"output"})
     with tempfile.TemporaryDirectory() as folder:
         given, output = Path(folder) / "settings.yaml", Path(folder) / "benchmark.json"
         write_json(given, own | {"questions": name, "output": str(output)})

@@ -96,6 +96,8 @@ def test_questions_that_are_none():
         ("--model-path t --draft d --data x --concurrency 2", "--concurrency"),
         ("--server U --draft d", "--draft"),
         ("--server U --tp-size 2", "--tp-size"),
+        ("--server U --steps 3 --chat-template llama3", "--chat-template, --steps"),
+        ("--launch --model-path t --engine hf", "--engine"),
         ("--server U --data x", "--data"),
         ("--server U --num-prompts 0", "--num-prompts"),
         ("--server U --concurrency 0", "--concurrency"),

@@ -1,5 +1,5 @@
 """benchmark --server: figures, and the command against an HTTP server of our own that tells its accepted length in
-SGLang's and vLLM's words (tests/chat_server.py; neither runs EAGLE-3 on a CPU)."""
+SGLang's and vLLM's words (tests/chat_server.py). Real SGLang servers: tests/e2e/test_served.py."""
 
 from __future__ import annotations
 
