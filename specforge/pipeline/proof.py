@@ -39,10 +39,8 @@ from specforge.target import weights
 
 
 def benchmark(settings: BenchmarkSettings) -> int | None:
-    if settings.draft is None or settings.model_path is None:
-        raise ConfigError(
-            "there is nothing to measure", where="--draft, --model-path", fix="give both, or --server URL"
-        )
+    assert settings.draft is not None  # `serving` has checked them
+    assert settings.model_path is not None
     config = draft_folder.load(settings.draft, torch.float32)[0].config
     info = weights.describe(settings.model_path, settings.trust_remote_code)
     if config.target_fingerprint not in ("", info.fingerprint):

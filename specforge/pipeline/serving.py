@@ -79,6 +79,8 @@ def _check(settings: BenchmarkSettings) -> None:
     if not (settings.server or settings.launch):
         if "concurrency" in given:
             refuse("no server is asked", "--concurrency", "give --server URL or --launch, too, or leave it out")
+        if not (settings.draft and settings.model_path):
+            refuse("there is nothing to measure", "--draft, --model-path", "give both; or --server URL")
         return
     if settings.num_prompts == 0:
         refuse("no question is left for the server", "--num-prompts 0", "give at least 1")

@@ -115,7 +115,7 @@ def test_eagle3_in_sglang_accepts_what_real_decoding_accepts(work):
     draft = "--speculative-algorithm EAGLE3 --speculative-draft-model-path draft/best --speculative-num-steps 3"
     chain = "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --attention-backend triton"
     with server(work, port, *draft.split(), *chain.split(), TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1"):
-        asking = ["--server", f"http://127.0.0.1:{port}", "--concurrency", "1 2", "--num-prompts", 4, "--steps", 3]
+        asking = ["--server", f"http://127.0.0.1:{port}", "--concurrency", 2, "--num-prompts", 8, "--steps", 3]
         both = ["--model-path", "target", "--draft", "draft/best", "--data", "data", "--max-length", 256]
         said = run(benchmark(*asking, *both, "--output", "both.json"), work, timeout=1500)
     result = json.loads((work / "both.json").read_text())

@@ -103,6 +103,7 @@ def test_questions_that_are_none():
         ("--server U --concurrency 0", "--concurrency"),
         ("--server U --concurrency many", "--concurrency"),
         ("--data x", "--draft, --model-path"),
+        ("", "--draft, --model-path"),
     ],
 )
 def test_settings_that_do_not_go_together(given, named):
