@@ -12,8 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import httpx
 from rich.markup import escape
@@ -48,33 +46,25 @@ def command_line(given: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def launched(given: Sequence[str], log: Path) -> Iterator[str]:
-    """The URL of a server with these arguments, from the time it is healthy to the end of the block, however that ends
-    (SIGTERM too). What it prints goes to `log`. Raises EngineError where it does not get that far."""
+    """The URL of a server with these arguments, from the time it is healthy to the end of the block, also by an error.
+    What it prints goes to `log`. Raises EngineError where it does not get that far."""
     url = f"http://{HOST}:{_free_port()}"
     place = ["--host", HOST, "--port", url.rpartition(":")[2]]
     say(escape(f"$ {command_line([*given, *place])}"))
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, _leave)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, *given, *place],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # a process group of its own, which Ctrl-C does not reach: we end it
+        )
     try:
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *given, *place],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,  # a process group of its own, which Ctrl-C does not reach: we end it
-            )
-        try:
-            _wait(process, url, log)
-            yield url
-        finally:
-            _end(process)
+        _wait(process, url, log)
+        yield url
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+        _end(process)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

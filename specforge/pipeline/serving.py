@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,8 @@ def _in_process(settings: BenchmarkSettings) -> bool:
 
 @contextmanager
 def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]:
-    """Writes the result at the end of the block, marked as partial where that is an error or Ctrl-C."""
+    """Writes the result at the end of the block, marked as partial where that is an error, Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     except BaseException:
@@ -109,6 +111,8 @@ def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]
             write_json(settings.output, result | {"partial": True})
             say(f"what was measured until then is in {escape(str(settings.output))}, marked as partial")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if settings.output:
         write_json(settings.output, result)
 

@@ -18,6 +18,8 @@ from tests import hub_server, tiny
 from tests.chat_server import Chat, chatting
 from tests.faults.test_bad_input import ROOT, refused, run
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -70,6 +72,29 @@ def test_a_server_that_dies_in_mid_run_leaves_a_partial_result(kind):
     assert first["requests"] == json.loads(Path("whole.json").read_text())["served"]["levels"][0]["requests"]
     assert 1 <= second["requests"] <= 3
     assert result["served"]["acceptance_length"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_leaves_a_partial_result(which, code):
+    with chatting(Chat(kind="sglang", pause=0.02)) as chat:
+        given = ["--server", chat.url, "--num-prompts", "42", "--concurrency", "2", "--output", "out.json"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specforge.cli", "benchmark", *given],
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while len(chat.requests) < 9:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(which)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    result = json.loads(Path("out.json").read_text())
+    assert result["partial"] is True
+    assert result["served"]["levels"][0]["requests"] >= 4
 
 
 def test_questions_that_are_none():
@@ -132,7 +157,6 @@ if os.fork() == 0:  # as SGLang's schedulers: a process beside it, in its group
 open("pid", "w").write(str(os.getpid()))
 ThreadingHTTPServer(("127.0.0.1", port), Bound).serve_forever()
 """
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def launch(*arguments: object) -> list[str]:
