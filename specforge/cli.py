@@ -36,6 +36,11 @@ def _flag_type(annotation: Any) -> Any:
     return str if annotation is ByteSize else annotation
 
 
+def _is_numbers(annotation: Any) -> bool:
+    """Whether it is a tuple of ints, which is given as one string: "1 4 16" or 1,4,16."""
+    return any(get_origin(one) is tuple and get_args(one)[0] is int for one in (annotation, *get_args(annotation)))
+
+
 def _add_command(name: str, settings: Any) -> None:
     """A command whose flags are the fields of `settings`; `--config FILE` gives them as YAML, flags override. The
     fields in `config.POSITIONAL` are given without a flag. A name of two words is a command of a group."""
@@ -43,8 +48,9 @@ def _add_command(name: str, settings: Any) -> None:
     def run(**given: Any) -> None:
         debug, file, _ = given.pop("debug"), given.pop("config"), given.pop("local_rank")
         flags = {key: value for key, value in given.items() if value not in (None, [])}
-        if isinstance(flags.get("aux_layers"), str):
-            flags["aux_layers"] = tuple(flags["aux_layers"].replace(",", " ").split())
+        for key, text in flags.items():
+            if isinstance(text, str) and _is_numbers(settings.model_fields[key].annotation):
+                flags[key] = tuple(text.replace(",", " ").split())
         raise typer.Exit(execute(name, settings, flags, file, debug))
 
     parameters = []

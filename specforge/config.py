@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,12 @@ from specforge.errors import ConfigError
 
 POSITIONAL = ("folder", "folders", "runs")  # on the command line these are given without a flag
 
-
 Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
+
+
+def flags(names: Iterable[str]) -> str:
+    """Settings as they are typed."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 class Settings(BaseModel):
@@ -180,18 +185,39 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
 
 
 class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
-    """Acceptance length of a draft: teacher-forced on held-out text, and by real decoding."""
+    """Acceptance length of a draft: teacher-forced on held-out text, by real decoding, and through a server."""
 
-    model_path: str = Field(..., description="the target: a folder, or a hub name")
-    draft: Path = Field(..., description="draft folder")
+    model_path: str | None = Field(
+        None,
+        description="the target: a folder, or a hub name (with --server: the name of the served model, if several)",
+    )
+    draft: Path | None = Field(None, description="draft folder")
     features: Path | None = Field(None, description="store of held-out features (prepare-hidden's folder)")
     data: Path | None = Field(None, description="held-out conversations; with --features only their domains are taken")
     output: Path | None = Field(None, description="JSON file for the result")
     steps: int = Field(7, ge=1, le=16, description="draft tokens for each pass of the target")
-    num_prompts: int = Field(20, ge=0, description="prompts for real decoding; 0 leaves it out")
+    num_prompts: int = Field(20, ge=0, description="prompts for real decoding and for a server; 0: no decoding")
+    questions: str | None = Field(
+        None,
+        description="those prompts: builtin, mt_bench, humaneval, gsm8k, math500, alpaca, cnn_dm or a file (default: "
+        "the held-out text's own; through a server builtin)",
+    )
     max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="of real decoding; 0: the most likely token")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="of decoding; 0: the most likely token")
     seed: int = Field(0, ge=0, description="of the draws at a temperature above 0")
+    server: str | None = Field(None, description="URL of a running SGLang or vLLM server to measure")
+    launch: bool = Field(False, description="start an SGLang server for --model-path and --draft, measure it, end it")
+    launch_args: str = Field("", description="with --launch: further arguments for SGLang, as one string")
+    concurrency: tuple[int, ...] = Field(
+        (1, 4, 16, 64), min_length=1, description="with a server: questions asked at once, one run for each number"
+    )
+
+    @field_validator("concurrency")
+    @classmethod
+    def _at_least_one(cls, given: tuple[int, ...]) -> tuple[int, ...]:
+        if min(given) < 1:
+            raise ValueError("a number of questions at once is at least 1")
+        return given
 
 
 class CheckSettings(EngineSettings, DataSettings, ReadSettings):

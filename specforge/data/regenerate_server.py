@@ -10,50 +10,13 @@ from typing import Any
 import httpx
 
 from specforge.data.dialogue import Dialogue, Outcome, seed_of
-from specforge.errors import EngineError
+from specforge.endpoint import CHAT, side_by_side, unusable, words_of
 from specforge.records import Conversation, Message, Sampling
 
 TRIES = 5  # of one request, where the connection or the server fails
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before the second try; doubled for each further one
 FAILED_IN_A_ROW = 10  # requests that the server fails, all tries spent, with no answer between: it is broken
-TIMEOUT = httpx.Timeout(900, connect=10)  # seconds; an answer arrives whole, when it has ended
 GO_ON = "the same command goes on where it was"
-
-
-def model_name(url: str, wanted: str | None) -> str:
-    """Of the model that is served; `wanted` chooses where there are several. Raises EngineError where none answers."""
-    try:
-        found = [
-            str(model["id"])
-            for model in httpx.get(f"{_base(url)}/models", timeout=10).raise_for_status().json()["data"]
-        ]
-    except httpx.HTTPStatusError as error:
-        raise _unusable(url, f"GET /v1/models gives HTTP {error.response.status_code}") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _unusable(url, f"no answer: {error}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise _unusable(url, "GET /v1/models gives no list of models") from error
-    if len(found) > 1 and wanted not in found:
-        raise EngineError(
-            f"the server has {len(found)} models: {', '.join(found[:5])}",
-            where=f"--server {url}",
-            fix="name one of them with --model-path",
-        )
-    if not found:
-        raise _unusable(url, "it serves no model")
-    return str(wanted) if wanted in found else found[0]
-
-
-def _base(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1") + "/v1"
-
-
-def _unusable(url: str, why: str) -> EngineError:
-    return EngineError(
-        f"the server cannot be used: {why}",
-        where=f"--server {url}",
-        fix=f"start it, or give the URL of an OpenAI-compatible server; {GO_ON}",
-    )
 
 
 class ServerRegenerator:
@@ -65,15 +28,8 @@ class ServerRegenerator:
 
     async def run(self, dialogues: Sequence[Dialogue], at_once: int, take: Callable[[Outcome], None]) -> None:
         """`take` gets each outcome as soon as the dialogue has ended. Raises EngineError where the server is gone."""
-        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
         todo = iter(dialogues)
-        async with httpx.AsyncClient(base_url=_base(self._url), timeout=TIMEOUT, limits=limits) as client:
-            workers = [asyncio.create_task(self._work(client, todo, take)) for _ in range(at_once)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
+        await side_by_side(self._url, at_once, lambda client: self._work(client, todo, take))
 
     async def _work(self, client: httpx.AsyncClient, todo: Iterator[Dialogue], take: Callable[[Outcome], None]) -> None:
         for dialogue in todo:
@@ -104,22 +60,22 @@ class ServerRegenerator:
             if number:
                 await asyncio.sleep(_wait(number, response))
             try:
-                response, problem = await client.post("/chat/completions", json=request), None
+                response, problem = await client.post(CHAT, json=request), None
             except httpx.TransportError as error:
                 response, problem = None, error
                 continue
             if response.status_code != 429 and response.status_code < 500:
                 break
         if response is None:
-            raise _unusable(self._url, f"{TRIES} tries without an answer: {problem or 'timeout'}") from problem
+            raise unusable(self._url, f"{TRIES} tries without an answer: {problem or 'timeout'}", GO_ON) from problem
         if response.status_code in (401, 403, 404):
-            raise _unusable(self._url, f"POST /v1/chat/completions gives HTTP {response.status_code}")
+            raise unusable(self._url, f"POST /v1{CHAT} gives HTTP {response.status_code}", GO_ON)
         return response
 
     def _read(self, dialogue: Dialogue, response: httpx.Response) -> None:
         if 400 <= response.status_code < 500 and response.status_code != 429:
             self._failed_in_a_row = 0
-            dialogue.fail("failed", f"the server refused it: {_error(response)}")
+            dialogue.fail("failed", f"the server refused it: {words_of(response)}")
             return
         try:
             choice = response.raise_for_status().json()["choices"][0]
@@ -141,8 +97,9 @@ class ServerRegenerator:
     def _failed(self, dialogue: Dialogue, response: httpx.Response) -> None:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= FAILED_IN_A_ROW:
-            raise _unusable(self._url, f"{FAILED_IN_A_ROW} requests in a row failed; the last: {_error(response)}")
-        dialogue.fail("failed", f"the server failed: {_error(response)}", again=True)
+            reason = f"{FAILED_IN_A_ROW} requests in a row failed; the last: {words_of(response)}"
+            raise unusable(self._url, reason, GO_ON)
+        dialogue.fail("failed", f"the server failed: {words_of(response)}", again=True)
 
 
 def _answer(message: dict[str, Any]) -> Message:
@@ -161,14 +118,3 @@ def _wait(number: int, response: httpx.Response | None) -> float:
 def _tokens(response: httpx.Response) -> int:
     usage = response.json().get("usage")
     return int(usage.get("completion_tokens") or 0) if isinstance(usage, dict) else 0
-
-
-def _error(response: httpx.Response) -> str:
-    """HTTP status and the server's own words, in whatever of the usual forms they come."""
-    try:
-        content = response.json()
-        content = content.get("error", content)
-        words = content.get("message", content) if isinstance(content, dict) else content
-    except (ValueError, AttributeError):
-        words = response.text
-    return f"HTTP {response.status_code}: {' '.join(str(words).split())[:200]}"

@@ -18,7 +18,7 @@ COMMANDS = {  # name -> module and function
     "train": "specforge.pipeline.training:train",
     "check": "specforge.pipeline.checking:check",
     "export": "specforge.pipeline.exporting:export",
-    "benchmark": "specforge.pipeline.proof:benchmark",
+    "benchmark": "specforge.pipeline.serving:benchmark",
     "report": "specforge.pipeline.reporting:report",
     "demo": "specforge.demo:run",
     "doctor": "specforge.doctor:run",

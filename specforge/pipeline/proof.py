@@ -18,14 +18,15 @@ from specforge.config import (
     BenchmarkSettings,
 )
 from specforge.console import console, is_main_rank, say, tracked
-from specforge.data import prepared
+from specforge.data import prepared, questions
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.errors import CheckpointError, ConfigError, StoreError
 from specforge.evaluate import decode
 from specforge.evaluate.acceptance import teacher_forced
-from specforge.evaluate.decode import Drafting
+from specforge.evaluate.decode import Decoded, Drafting
 from specforge.evaluate.figures import figures
+from specforge.evaluate.kinds import side_by_side
 from specforge.evaluate.rules import Drawn
 from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
@@ -38,6 +39,8 @@ from specforge.target import weights
 
 
 def benchmark(settings: BenchmarkSettings) -> int | None:
+    assert settings.draft is not None  # `serving` has checked them
+    assert settings.model_path is not None
     config = draft_folder.load(settings.draft, torch.float32)[0].config
     info = weights.describe(settings.model_path, settings.trust_remote_code)
     if config.target_fingerprint not in ("", info.fingerprint):
@@ -51,6 +54,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
             "there is no held-out text", where="--features, --data", fix="give one of them: a store, or prepared data"
         )
     engines.check_tp(info, settings.tp_size, settings.engine)
+    asked = questions.load(settings.questions, settings.num_prompts) if settings.questions else []
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     store = Store(settings.features / "test", settings.verify) if settings.features else None
     if store:
@@ -70,6 +74,8 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         own_layers = settings.model_copy(update={"aux_layers": config.aux_layers})
         engine = start_engine(own_layers, info, ranks, settings.output.parent if settings.output else Path("."))
     source, prompts, domains = _held_out(settings, store, engine, tokenizer, ranks)
+    if asked:
+        prompts = [tokenizer.prompt_ids(questions.first_turn(question)) for question in asked]
 
     dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
     draft, kept_D = draft_folder.load(settings.draft, dtype)
@@ -94,10 +100,14 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         "draft": str(settings.draft),
         "target": settings.model_path,
         "steps": settings.steps,
+        "questions": settings.questions,
         "teacher_forced": said,
     }
     if settings.num_prompts and any(prompts) and engine is not None:
-        result["decode"] = _decode(settings, engine, drafting, prompts, tokenizer.stop_ids())
+        result["decode"] = _decode(
+            settings, engine, drafting, prompts, tokenizer.stop_ids(), [question.domain for question in asked]
+        )
+        result |= side_by_side(result)
     if settings.output and is_main_rank():
         write_json(settings.output, result)
     if not result.get("decode", {}).get("greedy_lossless", True):
@@ -183,8 +193,9 @@ def _decode(
     drafting: Drafting,
     prompts: list[list[int]],
     stop_ids: list[int],
+    domains: list[str],
 ) -> dict[str, Any]:
-    """Plain and speculative decoding of the same prompts, and what came of it."""
+    """Plain and speculative decoding of the same prompts, and what came of it. `domains`: of the prompts, or none."""
     chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
     room = settings.tokens_per_batch - settings.max_new_tokens * (settings.steps + 1)
     if max(map(len, chosen), default=0) > room:
@@ -218,9 +229,22 @@ def _decode(
         "seed": settings.seed,
         "acceptance_length": made / max(passes, 1),
         **compared,
+        **_decoded_by_domain([fast for _, fast in pairs], domains),
         "tokens_per_second": made / sum(fast.seconds for _, fast in pairs),
         "plain_tokens_per_second": sum(len(o.tokens) - 1 for o, _ in pairs) / sum(o.seconds for o, _ in pairs),
     }
+
+
+def _decoded_by_domain(decoded: Sequence[Decoded], domains: Sequence[str]) -> dict[str, Any]:
+    """{"by_domain": {domain: accepted length, prompts}} where the prompts have domains."""
+    found = dict[str, Any]()
+    for name in dict.fromkeys(domain for domain in domains if domain):
+        own = [one for one, domain in zip(decoded, domains, strict=True) if domain == name]
+        passes = sum(one.passes for one in own)
+        if passes:
+            made = sum(len(one.tokens) - 1 for one in own)
+            found[name] = {"acceptance_length": made / passes, "prompts": len(own)}
+    return {"by_domain": found} if found else {}
 
 
 def _prompt(token_ids: Any, loss_mask: Any) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from specforge.config import EngineSettings, RegenerateSettings
+from specforge.config import EngineSettings, RegenerateSettings, flags
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import formats
 from specforge.data.dialogue import Dialogue, Outcome, read_special_texts
@@ -36,7 +36,8 @@ def regenerate(settings: RegenerateSettings) -> int | None:
 
 
 def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:
-    from specforge.data.regenerate_server import ServerRegenerator, model_name
+    from specforge.data.regenerate_server import ServerRegenerator
+    from specforge.endpoint import model_name
 
     url = str(settings.server)
     special = read_special_texts(settings.model_path) if settings.model_path else None
@@ -113,11 +114,11 @@ def _check(settings: RegenerateSettings) -> None:
         )
     if settings.server is None and settings.model_path is None:
         raise ConfigError("no target is given", where="--model-path, --server", fix="give one of them")
-    engine_only = sorted(settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"})
+    engine_only = settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"}
     if settings.server and engine_only:
         raise ConfigError(
             "a server runs the target as it was started",
-            where=", ".join(f"--{name.replace('_', '-')}" for name in engine_only),
+            where=flags(engine_only),
             fix="leave it out with --server",
         )
 

@@ -14,6 +14,7 @@ from specforge.console import is_main_rank, say
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, StoreError
+from specforge.evaluate.launched import arguments, command_line
 from specforge.features.codec import codec_for
 from specforge.features.index import Manifest
 from specforge.features.store import Store
@@ -71,11 +72,7 @@ def check_target(store: Store, info: TargetInfo) -> None:
 
 def say_serving(draft: Path, model_path: str, steps: int) -> None:
     say(f"draft: {draft}")
-    say(
-        f"serve it: python -m sglang.launch_server --model-path {model_path} --speculative-algorithm EAGLE3 "
-        f"--speculative-draft-model-path {draft} --speculative-num-steps {min(steps, 3)} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {min(steps, 3) + 1}"
-    )
+    say(f"serve it: {command_line(arguments(model_path, str(draft), min(steps, 3)))}")
 
 
 def manifest_of(

@@ -26,7 +26,7 @@ from specforge.report.charts import (
     smoothed,
     thinned,
 )
-from specforge.report.runs import Decode, Measured, Run
+from specforge.report.runs import Decode, Measured, Run, Served
 
 STILL_RISING = 0.01  # share that the last epoch brought
 NONE = "–"
@@ -292,6 +292,12 @@ def _overview(runs: Sequence[Run]) -> list[Row]:
             lambda found: f"{found.equal}, {found.apart_at_near_tie}, {found.apart_otherwise} prompts"
         ),
         "decoding: engine, dtype": _decoded(lambda found: f"{found.engine}, {found.dtype}"),
+        "server: acceptance length": _served(
+            lambda found: f"{found.acceptance_length:.3f}" if found.acceptance_length else "not reported"
+        ),
+        "server: tokens per second": _served(
+            lambda found: ", ".join(f"{at.tokens_per_second:,.0f} at {at.concurrency}" for at in found.levels)
+        ),
         "whole demo": lambda run: f"{run.seconds['total']:,.0f} s" if "total" in run.seconds else None,
     }
     found = [Row(label, [_shown(cell(run)) for run in runs]) for label, cell in rows.items()]
@@ -316,6 +322,10 @@ def _speed(run: Run) -> str | None:
 
 def _decoded(text: Callable[[Decode], str]) -> Callable[[Run], str | None]:
     return lambda run: text(run.benchmark.decode) if run.benchmark and run.benchmark.decode else None
+
+
+def _served(text: Callable[[Served], str]) -> Callable[[Run], str | None]:
+    return lambda run: text(run.benchmark.served) if run.benchmark and run.benchmark.served else None
 
 
 def _settings(runs: Sequence[Run]) -> list[Row]:

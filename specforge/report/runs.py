@@ -82,11 +82,26 @@ class Decode(BaseModel):
     apart_otherwise: int = 0
 
 
+class Level(BaseModel):
+    """So many questions at once."""
+
+    concurrency: int
+    tokens_per_second: FiniteFloat
+
+
+class Served(BaseModel):
+    """Through a server."""
+
+    acceptance_length: FiniteFloat | None = None  # None: it reports none
+    levels: list[Level] = []
+
+
 class Benchmark(BaseModel):
     draft: str = ""
     target: str = ""
     teacher_forced: Measured
     decode: Decode | None = None
+    served: Served | None = None
 
 
 class RunFile(BaseModel):
@@ -222,6 +237,8 @@ def _checked(content: object, model: type[Model], where: str) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
+        if model is Benchmark and key == "teacher_forced" and isinstance(content, dict) and "served" in content:
+            raise _error("the benchmark measured a server alone", where, "give it --draft and --data, too") from error
         place = f"{where}, '{key}'" if key else where
         fix = "give a file that specforge wrote; mend or delete it where it was damaged"
         raise _error(f"what stands there is not what a run writes: {first['msg'].lower()}", place, fix) from error

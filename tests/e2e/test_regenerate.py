@@ -5,23 +5,19 @@ a near-tie; this target's choices are far from ties."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
+from tests.e2e.servers import free_port, server
 from tests.e2e.test_commands import ROOT, command, kill_when, run
 
 LONGEST = 32
@@ -155,46 +151,6 @@ def test_two_ranks_draw_the_same(work, drawn):
 def test_another_seed_draws_something_else(work, drawn):
     run(embedded("other.jsonl", *DRAW, "--seed", 4), work)
     assert (work / "other.jsonl").read_bytes() != drawn.read_bytes()
-
-
-@contextlib.contextmanager
-def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
-    """A real one; killed at the end."""
-    flags = (
-        f"--model-path target --dtype float32 --device cpu --host 127.0.0.1 --port {port} --skip-server-warmup "
-        "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --disable-cuda-graph "
-        "--disable-overlap-schedule --mem-fraction-static 0.1 --max-total-tokens 8192 --max-running-requests 16"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("sglang_server.py")), *flags.split()],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5).status_code == 200:
-                    break
-            time.sleep(0.2)
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.proof

@@ -163,7 +163,7 @@ def test_a_value_out_of_range_is_one_message_that_names_the_flag(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["prepare-data", "prepare-hidden", "benchmark", "regenerate"])
+@pytest.mark.parametrize("command", ["prepare-data", "prepare-hidden", "regenerate"])
 def test_what_is_required_is_asked_for_by_its_flag(command):
     output = said(run(command))
     missing = re.search(r"where: --([a-z-]+)", output)

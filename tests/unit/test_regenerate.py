@@ -22,7 +22,8 @@ from specforge import cli
 from specforge.data import regenerate_server
 from specforge.data.dialogue import Dialogue, seed_of
 from specforge.data.finished import Finished
-from specforge.data.regenerate_server import ServerRegenerator, model_name
+from specforge.data.regenerate_server import ServerRegenerator
+from specforge.endpoint import model_name
 from specforge.errors import ConfigError, EngineError
 from specforge.records import Conversation, Message, Sampling
 from specforge.target.sampling import ended, generator, next_tokens

@@ -233,6 +233,22 @@ def test_a_run_without_any_finite_loss_has_no_chart_of_it(tmp_path):
     assert "Real decoding" not in made(tmp_path, training(tmp_path / "b", rows=[])).text
 
 
+def test_a_server_stands_beside_the_rest_and_a_server_alone_is_no_run(tmp_path):
+    path = benchmark(tmp_path / "benchmark.json")
+    served = {"levels": [{"concurrency": 1, "tokens_per_second": 50.2}, {"concurrency": 4, "tokens_per_second": 1234}]}
+    content = json.loads(path.read_text()) | {"served": served | {"acceptance_length": 1.7}}
+    path.write_text(json.dumps(content))
+    shown = made(tmp_path, path).rows("overview")
+    assert shown["server: acceptance length"] == ["1.700"]
+    assert shown["server: tokens per second"] == ["50 at 1, 1,234 at 4"]
+    path.write_text(json.dumps(content | {"served": served | {"acceptance_length": None}}))
+    assert made(tmp_path, path).rows("overview")["server: acceptance length"] == ["not reported"]
+    path.write_text(json.dumps({"served": served}))
+    refused = run(path, "--output", tmp_path / "r.html")
+    assert refused.exit_code == 2
+    assert "measured a server alone" in refused.output
+
+
 def test_a_demo_folder(tmp_path):
     training(tmp_path / "demo" / "draft")
     benchmark(tmp_path / "demo" / "benchmark.json", shares=[0.5, 0.25, 0.125])

@@ -1,0 +1,272 @@
+"""benchmark: in this process, through a server, or both; then the kinds of acceptance length stand side by side.
+
+The server's part needs no torch. What is measured in process then runs as a command of its own, after the server has
+been asked (and ended, where we started it), so that the two do not share a GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.markup import escape
+from rich.table import Table
+
+from specforge.config import BenchmarkSettings, flags
+from specforge.console import advance, console, progress, say
+from specforge.data import questions
+from specforge.endpoint import model_name, root, unusable
+from specforge.errors import ConfigError, EngineError
+from specforge.evaluate import launched, server
+from specforge.evaluate.kinds import side_by_side
+from specforge.evaluate.server import Reply, Server
+from specforge.files import write_json
+from specforge.records import Conversation, Sampling
+
+SERVER_ONLY = {"server", "launch", "launch_args", "concurrency"}
+HEARD = {"model_path", "output", "num_prompts", "questions", "max_new_tokens", "temperature", "seed"} | SERVER_ONLY
+LAUNCHED_WITH = {"draft", "steps", "tp_size", "mem_frac", "dtype", "trust_remote_code"}
+NOT_REPORTED = "not reported"
+
+
+def benchmark(settings: BenchmarkSettings) -> int | None:
+    _check(settings)
+    if not (settings.server or settings.launch):
+        from specforge.pipeline import proof
+
+        return proof.benchmark(settings)
+    name = settings.questions or questions.BUILTIN
+    asked = questions.load(name, settings.num_prompts)
+    result: dict[str, Any] = {
+        "draft": str(settings.draft or ""),
+        "target": settings.model_path or "",
+        "steps": settings.steps,
+    }
+    with _kept(settings, result):
+        with _server(settings) as (url, command):
+            result["served"] = {"questions": name, "command": command}
+            _measure(settings, url, asked, result["served"])
+        if _in_process(settings):
+            result |= _own_part(settings, name) | result  # the keys that both have are the server's
+            result |= side_by_side(result)
+    return None
+
+
+def _check(settings: BenchmarkSettings) -> None:
+    """Which settings go together."""
+    given = settings.model_fields_set
+
+    def refuse(what: str, where: str, fix: str) -> None:
+        raise ConfigError(what, where=where, fix=fix)
+
+    if settings.server and settings.launch:
+        refuse("a server is given, and another is to be started", "--server, --launch", "give one of them")
+    if settings.launch and settings.model_path is None:
+        refuse("no target is given", "--launch", "name it with --model-path")
+    if settings.launch_args and not settings.launch:
+        refuse("no server is started", "--launch-args", "give --launch, too, or leave it out")
+    if not (settings.server or settings.launch):
+        if "concurrency" in given:
+            refuse("no server is asked", "--concurrency", "give --server URL or --launch, too, or leave it out")
+        if not (settings.draft and settings.model_path):
+            refuse("there is nothing to measure", "--draft, --model-path", "give both; or --server URL")
+        return
+    if settings.num_prompts == 0:
+        refuse("no question is left for the server", "--num-prompts 0", "give at least 1")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        refuse("each rank would ask the server", "torchrun, deepspeed", "start the command plainly")
+    unheard = given - HEARD - (LAUNCHED_WITH if settings.launch else set())
+    if unheard and not _in_process(settings):
+        fix = "leave it out; or give --data or --features, too, to measure in this process as well"
+        refuse("a server alone does not hear of all that is given", flags(unheard), fix)
+    if _in_process(settings) and not (settings.draft and settings.model_path):
+        fix = "give --draft and --model-path, too, or leave the text out to measure the server alone"
+        refuse("held-out text is given, and no draft or target to measure on it", "--data, --features", fix)
+
+
+def _in_process(settings: BenchmarkSettings) -> bool:
+    return bool(settings.data or settings.features)
+
+
+@contextmanager
+def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]:
+    """Writes the result at the end of the block, marked as partial where that is an error, Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except BaseException:
+        if settings.output and result.get("served", {}).get("levels"):
+            write_json(settings.output, result | {"partial": True})
+            say(f"what was measured until then is in {escape(str(settings.output))}, marked as partial")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if settings.output:
+        write_json(settings.output, result)
+
+
+@contextmanager
+def _server(settings: BenchmarkSettings) -> Iterator[tuple[str, str | None]]:
+    """(URL, command line) of the server that is asked; the command line where we start it."""
+    if settings.server:
+        yield settings.server, None
+        return
+    given = _launch_arguments(settings)
+    folder = settings.output.parent if settings.output else Path(".")
+    with launched.launched(given, folder / "server.log") as url:
+        yield url, launched.command_line(given)
+
+
+def _launch_arguments(settings: BenchmarkSettings) -> list[str]:
+    assert settings.model_path
+    own = launched.arguments(settings.model_path, str(settings.draft) if settings.draft else None, settings.steps)
+    if settings.tp_size > 1:
+        own += ["--tp-size", str(settings.tp_size)]
+    if "mem_frac" in settings.model_fields_set:
+        own += ["--mem-fraction-static", str(settings.mem_frac)]
+    if settings.dtype != "auto":
+        own += ["--dtype", settings.dtype]
+    if settings.trust_remote_code:
+        own += ["--trust-remote-code"]
+    return [*own, *shlex.split(settings.launch_args)]
+
+
+def _measure(settings: BenchmarkSettings, url: str, asked: list[Conversation], served: dict[str, Any]) -> None:
+    """Fills `served` as it goes on: what is in it is measured, whatever happens next."""
+    found = server.recognise(url, model_name(url, settings.model_path))
+    served |= {
+        "server": url,
+        "kind": found.kind,
+        "version": found.version,
+        "model": found.model,
+        "speculative": found.setup,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+        "levels": [],
+    }
+    say(escape(f"server: {found.kind} {found.version} at {url}, model {found.model}"))
+    _warm_up(settings, found, asked)
+    replies, pooled = list[Reply](), server.Accepted()
+    for at_once in settings.concurrency:
+        _forget_prompts(settings, found)
+        before = server.counted(found)
+        own, began = list[Reply](), time.perf_counter()
+        try:
+            _ask(settings, found, asked, at_once, own)
+        finally:
+            seconds = time.perf_counter() - began
+            after = server.counted(found)
+            grown = after - before if after and before else None
+            if own:
+                served["levels"].append({"concurrency": at_once, **server.summary(own, seconds, grown)})
+            replies += own
+            pooled += grown or server.total(own)
+            served |= _acceptance(found, pooled, replies)
+    _show(served)
+
+
+def _warm_up(settings: BenchmarkSettings, found: Server, asked: list[Conversation]) -> None:
+    """One question that does not count: a first request compiles, allocates, and shows whether the server answers."""
+    replies = list[Reply]()
+    _run(settings, found, asked[:1], 1, replies.append)
+    if failed := next((reply.failure for reply in replies if reply.failure), None):
+        raise unusable(found.url, failed)
+
+
+def _ask(settings: BenchmarkSettings, found: Server, asked: list[Conversation], at_once: int, own: list[Reply]) -> None:
+    """All questions, and as many more of them again as it takes to keep `at_once` of them running."""
+    chosen = list(islice(cycle(asked), max(len(asked), 2 * at_once)))
+    turns = sum(message.role == "user" for question in chosen for message in question.messages)
+    with progress(f"{at_once} at once", turns, "answers") as bar:
+
+        def take(reply: Reply) -> None:
+            own.append(reply)
+            advance(bar, 1)
+
+        _run(settings, found, chosen, at_once, take)
+    if all(reply.failure for reply in own):
+        raise unusable(found.url, f"every request failed; the last: {own[-1].failure}")
+
+
+def _run(settings: BenchmarkSettings, found: Server, asked: list[Conversation], at_once: int, take: Any) -> None:
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    asyncio.run(server.ask(found, asked, at_once, sampling, settings.seed, take))
+
+
+def _forget_prompts(settings: BenchmarkSettings, found: Server) -> None:
+    """Of our own server: a prompt that it still knows from the run before would have its first token too soon."""
+    if settings.launch:
+        httpx.post(f"{root(found.url)}/flush_cache", timeout=30)
+
+
+def _acceptance(found: Server, pooled: server.Accepted, replies: list[Reply]) -> dict[str, Any]:
+    """The accepted length, and where it comes from."""
+    length, source = pooled.length, "counters" if found.kind == "vllm" else "requests"
+    if length is None:
+        length, source = server.average(found), "average since the server's start"
+    if length is None:
+        return {"acceptance_length": None, "acceptance_source": NOT_REPORTED}
+    domains = server.by_domain(replies)
+    return {"acceptance_length": length, "acceptance_source": source} | ({"by_domain": domains} if domains else {})
+
+
+def _show(served: Mapping[str, Any]) -> None:
+    """The server's figures, for a person."""
+    table = Table("at once", title=f"through the server, {served['questions']}", title_justify="left")
+    for name in ("answers", "tokens/s", "first token p50 / p90 / p99, ms", "a token p50 / p90 / p99, ms", "accepted"):
+        table.add_column(name, justify="right")
+    for level in served["levels"]:
+        length = level["acceptance_length"]
+        table.add_row(
+            str(level["concurrency"]),
+            str(level["requests"]) + (f" ({level['failed']} failed)" if level["failed"] else ""),
+            f"{level['tokens_per_second']:,.1f}",
+            _milliseconds(level["first_token"]),
+            _milliseconds(level["per_token"]),
+            f"{length:.3f}" if length else NOT_REPORTED,
+        )
+    console.print(table)
+    if served["acceptance_length"] is None:
+        say(
+            "[yellow]warning[/] the server reports no accepted length: it serves without a draft, or does not tell; "
+            "speed was measured, acceptance was not"
+        )
+        return
+    say(f"the server's own accepted length: {served['acceptance_length']:.3f} ({served['acceptance_source']})")
+    for name, part in served.get("by_domain", {}).items():
+        say(escape(f"  {name}: {part['acceptance_length']:.3f} over {part['requests']} answers"))
+
+
+def _milliseconds(times: Mapping[str, float] | None) -> str:
+    return " / ".join(f"{1000 * value:,.1f}" for value in times.values()) if times else "-"
+
+
+def _own_part(settings: BenchmarkSettings, name: str) -> dict[str, Any]:
+    """The same benchmark in process, on the same questions, as a command of its own."""
+    own = settings.model_dump(mode="json", include=settings.model_fields_set - SERVER_ONLY - {"output"})
+    with tempfile.TemporaryDirectory() as folder:
+        given, output = Path(folder) / "settings.yaml", Path(folder) / "benchmark.json"
+        write_json(given, own | {"questions": name, "output": str(output)})
+        code = subprocess.run(
+            [sys.executable, "-m", "specforge.cli", "benchmark", "--config", str(given)], check=False
+        ).returncode
+        if code:
+            raise EngineError(
+                f"the part in process ended with code {code}",
+                where="--data, --features",
+                fix="its own message stands above; without them only the server is measured",
+            )
+        return dict(json.loads(output.read_text(encoding="utf-8")))
