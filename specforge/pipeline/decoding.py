@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.table import Table
 
 from specforge.config import BenchmarkSettings
@@ -65,7 +67,7 @@ def decoding(
     """Plain and speculative decoding of the same prompts, and what came of it: `decode` of the result, and with --sweep
     `sweep` and `best`."""
     limits = Limits(max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids, batch_size=settings.batch_size)
-    shapes = fitting(drafting) if settings.sweep else [drafting.shape]
+    shapes = _fitting(drafting) if settings.sweep else [drafting.shape]
     _check_room(settings, engine, prompts, shapes)
     rule = Drawn(settings.temperature, settings.seed) if settings.temperature else decode.GREEDY
     total = len(prompts)
@@ -74,7 +76,7 @@ def decoding(
     best: Expected | None = None
     if settings.sweep and own.passes:
         rows = sweep(engine, drafting, own.texts, limits, tracked(shapes, "shapes", len(shapes), "shapes"))
-        best = max(rows, key=lambda row: row.speed_up)
+        best = rows[_of_first_rank(max(range(len(rows)), key=lambda at: rows[at].speed_up))]
         found["sweep"] = [_row(row) for row in rows]
         _show_sweep(rows, best)
         drafting = replace(drafting, shape=best.shape)
@@ -89,7 +91,14 @@ def decoding(
     return found
 
 
-def fitting(drafting: Drafting) -> list[Shape]:
+def _of_first_rank(choice: int) -> int:
+    """Ranks measure different times, and must choose the same."""
+    chosen = torch.tensor(choice)
+    dist.broadcast(chosen, src=0)
+    return int(chosen)
+
+
+def _fitting(drafting: Drafting) -> list[Shape]:
     """Those of the search that the draft's vocabulary has room for."""
     return [shape for shape in SHAPES if shape.top_k <= len(drafting.kept_D)]
 
