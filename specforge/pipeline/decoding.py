@@ -76,7 +76,7 @@ def decoding(
     best: Expected | None = None
     if settings.sweep and own.passes:
         rows = sweep(engine, drafting, own.texts, limits, tracked(shapes, "shapes", len(shapes), "shapes"))
-        best = rows[_of_first_rank(max(range(len(rows)), key=lambda at: rows[at].speed_up))]
+        best = rows[_of_first_rank(max(range(len(rows)), key=lambda at: rows[at].speed_up), engine.device)]
         found["sweep"] = [_row(row) for row in rows]
         _show_sweep(rows, best)
         drafting = replace(drafting, shape=best.shape)
@@ -91,9 +91,9 @@ def decoding(
     return found
 
 
-def _of_first_rank(choice: int) -> int:
+def _of_first_rank(choice: int, device: torch.device) -> int:
     """Ranks measure different times, and must choose the same."""
-    chosen = torch.tensor(choice)
+    chosen = torch.tensor(choice, device=device)
     dist.broadcast(chosen, src=0)
     return int(chosen)
 
@@ -176,11 +176,12 @@ def _show_sweep(rows: Sequence[Expected], best: Expected) -> None:
     if not is_main_rank():
         return
     title = f"expected, by replay; a pass of plain decoding takes {1000 * best.plain_seconds:.1f} ms"
-    table = Table("", "shape", title=title, title_justify="left")
-    for name in ("acceptance length", "draft ms", "target ms", "tokens/s", "speed-up"):
+    table = Table("shape", title=title, title_justify="left")
+    for name in ("length", "draft ms", "target ms", "tokens/s", "speed-up"):
         table.add_column(name, justify="right")
     for row in rows:
         times = (f"{1000 * seconds:.1f}" for seconds in (row.draft_seconds, row.target_seconds))
         figures = (f"{row.length:.3f}", *times, f"{row.tokens_per_second:.1f}", f"{row.speed_up:.2f}")
-        table.add_row("*" if row is best else "", str(row.shape), *figures, style="bold" if row is best else None)
+        mark = " *" if row is best else ""
+        table.add_row(f"{row.shape}{mark}", *figures, style="bold" if row is best else None)
     console.print(table)

@@ -108,7 +108,7 @@ def keys_of_others(steps, parent_R, embedding_RH) -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1, 4))  # of seed 0 each node of a beam has the one in its place as parent
 def test_a_node_says_what_the_chain_says_behind_its_path(seed, broken, monkeypatch):
     """In fp64: 1e-12 is rounding; with another node's keys it is far more."""
     shape = Shape(steps=4, top_k=3, draft_tokens=Shape(steps=4, top_k=3, draft_tokens=2).capacity)
