@@ -1,14 +1,14 @@
-"""What is verified in one pass of the target: a tree of drafts behind the newest token. A chain is a tree of one path.
+r"""What is verified in one pass of the target: a tree of drafts behind the newest token. A chain is a tree of one path.
 
-    steps 3, top-k 2, draft tokens 6        every beam node (*) proposes its 2 best children; the best 2 by cumulative
-                                            probability are the next beam; the best 6 - 1 of all drafts are verified
-            root
-           /    \\
+    steps 3, top-k 2, draft tokens 6        every beam node (*) proposes its 2 best children; the best 2 of them by
+                                            cumulative probability are the next beam; the best 6 - 1 drafts of all
+            root                            (letters) are verified
+           /    \
          a*      b*                         paths: root a c f, root a d, root b
-        / \\     / \\                         paths share what is kept of the text, and are computed side by side: a is
-      c*   d*  -   -                        computed twice
-     / \\  / \\
-    f   - -  -
+        /  \    /  \                        they share what is kept of the text and are computed side by side: root
+      c*   d*  .    .                       and a on each path
+     / \  / \
+    f   . .  .
 """
 
 from __future__ import annotations
