@@ -10,6 +10,7 @@ With several texts at once it holds while all of them are being written; they en
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,13 +83,15 @@ def pass_seconds(
     engine: TargetEngine, contexts: Sequence[Sequence[int]], kinds: Sequence[Sequence[Tree]]
 ) -> list[float]:
     """For each kind of tree what a pass of the target costs that verifies one behind each context: the median of
-    REPEATS passes behind the same contexts, the kinds in turns, so that a slow moment of the machine meets all."""
+    REPEATS passes behind the same contexts. The kinds take turns, in another order each time, so that neither a slow
+    moment of the machine nor what a large pass leaves behind meets always the same."""
     target = Live(engine, GREEDY)
     numbered = dict(enumerate(contexts))
     target.begin(numbered)
     seconds: list[list[float]] = [[] for _ in kinds]
     for repeat in range(-1, REPEATS):  # the first is for warming up
-        for trees, found in zip(kinds, seconds, strict=True):
+        for kind in random.Random(repeat).sample(range(len(kinds)), len(kinds)):
+            trees, found = kinds[kind], seconds[kind]
             first = (repeat + 1) * len(trees) // (REPEATS + 1)  # from all over the texts
             some = {number: trees[(first + number) % len(trees)] for number in numbered}
             began = time.perf_counter()
