@@ -42,14 +42,15 @@ def main() -> None:
     engine = engines.load(EngineSettings(engine="sglang", tokens_per_batch=2048), info, ranks)
     tokenizer, source = tiny.tokenizer(), random.Random(0)
     limits = replace(limits, stop_ids=[tokenizer.eos_token_id])
-    asked = [tiny.sentence(source, 1 + at % 9) for at in range(count)]
-    said = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
+    questions = [tiny.sentence(source, 1 + at % 9) for at in range(count)]
+    said = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in questions]
     prompts = [tokenizer.encode(text) for text in said]
     result: dict[str, object] = {"session": session(engine, prompts[0])}
     own = decode.plain(engine, prompts, limits, record=True)
     result["tokens"] = sum(len(text.tokens) for text in own.texts)
     result["plain, 4"] = equal(own, decode.plain(engine, prompts, replace(limits, batch_size=4)))
-    records = engine.capture([example(number, text) for number, text in enumerate(own.texts)])
+    asked = [example(number, text) for number, text in enumerate(own.texts)]
+    records = [record for at in range(0, count, ROWS) for record in engine.capture(asked[at : at + ROWS])]
     head, kept = weights.load_head(info, torch.float32), torch.arange(info.vocab_size)
     for name, draft in drafts(info, engine, head, kept, records, ranks).items():
         drafting = Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=kept, shape=SHAPES["chain"])
