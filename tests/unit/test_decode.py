@@ -19,7 +19,7 @@ from specforge.target import weights
 from specforge.target.hf_engine import HfEngine
 from tests import tiny
 
-CHAIN, TREE = Shape.chain(2), Shape(steps=2, top_k=6, draft_tokens=16)
+CHAIN, TREE = Shape.chain(2), Shape(steps=2, top_k=20, draft_tokens=40)
 
 
 @pytest.fixture(scope="module")
