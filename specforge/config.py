@@ -195,7 +195,15 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
     features: Path | None = Field(None, description="store of held-out features (prepare-hidden's folder)")
     data: Path | None = Field(None, description="held-out conversations; with --features only their domains are taken")
     output: Path | None = Field(None, description="JSON file for the result")
-    steps: int = Field(7, ge=1, le=16, description="draft tokens for each pass of the target")
+    steps: int = Field(7, ge=1, le=16, description="draft steps for each pass of the target")
+    top_k: int = Field(1, ge=1, description="of real decoding: children of each node and nodes of a step; 1: a chain")
+    draft_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="tokens verified in a pass, the newest one too (default: steps + 1, of a tree 4 * top-k)",
+    )
+    batch_size: int = Field(1, ge=1, description="prompts decoded at once")
+    sweep: bool = Field(False, description="look for the fastest steps, top-k and draft tokens, and decode with them")
     num_prompts: int = Field(20, ge=0, description="prompts for real decoding and for a server; 0: no decoding")
     questions: str | None = Field(
         None,

@@ -309,13 +309,24 @@ class Acceptance:
 
 
 class DecodeSession(Protocol):
-    """One sequence in the target with its KV cache."""
+    """Several sequences side by side in the target, each under a number that the caller gives, with their KV caches.
 
-    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Append tokens; returns the target's logits [n, V] float32 and aux states [n, A] of the appended tokens."""
+    A pass appends to each sequence one or more paths, all of them behind what is kept of it: a tree of tokens as its
+    root-to-leaf paths, so that no attention backend needs a mask. After a pass each of its sequences is either kept or
+    dropped before the next."""
 
-    def keep(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+    def extend(
+        self, paths: Mapping[int, Sequence[Sequence[int]]], only_last: bool = False
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """One pass. A number that was not seen before begins a sequence. For each sequence and path: the target's
+        logits [n, V] float32 and aux states [n, A] of the path's n tokens; with `only_last` logits [1, V]."""
+
+    def keep(self, number: int, path: int, count: int) -> None:
+        """The first `count` tokens of this path of the last pass now belong to the sequence; the rest of the pass is
+        forgotten and its places are free at once."""
+
+    def drop(self, number: int) -> None:
+        """The sequence has ended; its places are free."""
 
     def close(self) -> None:
         """Free the cache. An engine has one open session at a time."""
@@ -340,7 +351,7 @@ class TargetEngine(Protocol):
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
 
-    def session(self, max_tokens: int) -> DecodeSession: ...
+    def session(self) -> DecodeSession: ...
 
     def generate(self, waiting: deque[Prompt], sampling: Sampling, at_once: int) -> Iterator[tuple[int, list[int]]]:
         """Takes prompts from the left of `waiting`, at most `at_once` at a time, and gives (key, new tokens) of each as

@@ -144,7 +144,7 @@ def walk(depth_T: NDArray[np.int64], accepted_T: NDArray[np.int64], lengths: Ite
             if depth_T[t] == 0:
                 t += 1
                 continue
-            advance = int(accepted_T[t]) + 1
+            advance = min(int(accepted_T[t]) + 1, int(depth_T[t]))  # behind a turn's last token nothing is written
             tokens, passes, t = tokens + advance, passes + 1, t + advance
         found.append((tokens, passes))
         start += length

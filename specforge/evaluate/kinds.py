@@ -21,9 +21,14 @@ KINDS = {  # title -> where it stands in a benchmark's JSON
 
 def side_by_side(result: Mapping[str, Any]) -> dict[str, Any]:
     """{"kinds": {title: length}, "disagreements": [[title, title, share]]} of a benchmark's result, shown as a table
-    with a warning for each disagreement. What was not measured is None."""
+    with a warning for each disagreement of two that draft alike. What was not measured is None."""
     found = {title: (result.get(part) or {}).get(key) for title, (part, key) in KINDS.items()}
-    apart = disagreements({title: length for title, length in found.items() if length is not None})
+    shapes = _shapes(result)
+    apart = [
+        (one, two, share)
+        for one, two, share in disagreements({title: length for title, length in found.items() if length is not None})
+        if None in (shapes[one], shapes[two]) or shapes[one] == shapes[two]
+    ]
     if is_main_rank():
         _show(found, result)
     for one, two, share in apart:
@@ -32,6 +37,14 @@ def side_by_side(result: Mapping[str, Any]) -> dict[str, Any]:
             "docs/serving.md, 'Three ways to one figure', has the causes"
         )
     return {"kinds": found, "disagreements": [list(pair) for pair in apart]}
+
+
+def _shapes(result: Mapping[str, Any]) -> dict[str, tuple[Any, Any] | None]:
+    """(steps, top-k) of each kind, None where it is not known. The walk's is a chain."""
+    decoded, served = result.get("decode") or {}, (result.get("served") or {}).get("speculative") or {}
+    walked = (result.get("steps"), 1)
+    shapes = (walked, (decoded.get("steps"), decoded.get("top_k")), (served.get("steps"), served.get("topk")))
+    return {title: None if None in shape else shape for title, shape in zip(KINDS, shapes, strict=True)}
 
 
 def disagreements(lengths: Mapping[str, float]) -> list[tuple[str, str, float]]:
@@ -45,18 +58,16 @@ def _share(one: float, two: float) -> float:
 
 
 def _show(found: Mapping[str, float | None], result: Mapping[str, Any]) -> None:
-    steps = str(result.get("steps", ""))
-    served = result.get("served") or {}
-    about = {
-        "teacher-forced walk": ("held-out text", steps),
-        "decoding in process": (result.get("questions") or "prompts of the held-out text", steps),
-        "through the server": (served.get("questions", ""), str((served.get("speculative") or {}).get("steps", "?"))),
+    texts = {
+        "teacher-forced walk": "held-out text",
+        "decoding in process": result.get("questions") or "prompts of the held-out text",
+        "through the server": (result.get("served") or {}).get("questions", ""),
     }
+    shapes = _shapes(result)
     table = Table("acceptance length", title="side by side", title_justify="left")
-    for name in ("tokens a pass", "text", "steps"):
+    for name in ("tokens a pass", "text", "steps", "top-k"):
         table.add_column(name, justify="right")
     for title, length in found.items():
         if length is not None:
-            text, own_steps = about[title]
-            table.add_row(title, f"{length:.3f}", escape(text), own_steps)
+            table.add_row(title, f"{length:.3f}", escape(texts[title]), *map(str, shapes[title] or "??"))
     console.print(table)

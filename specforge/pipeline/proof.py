@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,34 @@ from rich.markup import escape
 from rich.table import Table
 
 from specforge import launch
-from specforge.config import (
-    BenchmarkSettings,
-)
-from specforge.console import console, is_main_rank, say, tracked
+from specforge.config import BenchmarkSettings
+from specforge.console import console, is_main_rank, say
 from specforge.data import prepared, questions
 from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.errors import CheckpointError, ConfigError, StoreError
-from specforge.evaluate import decode
 from specforge.evaluate.acceptance import teacher_forced
-from specforge.evaluate.decode import Decoded, Drafting
+from specforge.evaluate.drafter import Drafting
 from specforge.evaluate.figures import figures
 from specforge.evaluate.kinds import side_by_side
-from specforge.evaluate.rules import Drawn
 from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
-from specforge.pipeline.shared import check_lengths, check_target, leave, say_serving, start_engine
+from specforge.pipeline.decoding import decoding, shape_of
+from specforge.pipeline.shared import SERVED_STEPS, check_lengths, check_target, leave, say_serving, start_engine
 from specforge.records import Example, Ranks, RecordSource, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
+
+SHAPE = ("steps", "top_k", "draft_tokens")
 
 
 def benchmark(settings: BenchmarkSettings) -> int | None:
     assert settings.draft is not None  # `serving` has checked them
     assert settings.model_path is not None
     config = draft_folder.load(settings.draft, torch.float32)[0].config
+    shape = shape_of(settings, config.draft_vocab_size)
     info = weights.describe(settings.model_path, settings.trust_remote_code)
     if config.target_fingerprint not in ("", info.fingerprint):
         raise CheckpointError(
@@ -83,7 +82,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         draft=draft.to(ranks.device).eval(),
         embedding_VH=weights.load_head(info, dtype).embedding_VH.to(ranks.device),
         kept_D=kept_D.to(ranks.device),
-        steps=settings.steps,
+        shape=shape,
     )
     rows = pack_rows(source.lengths, settings.max_length, seed=0, epoch=0)
     forced = teacher_forced(
@@ -103,17 +102,18 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         "questions": settings.questions,
         "teacher_forced": said,
     }
-    if settings.num_prompts and any(prompts) and engine is not None:
-        result["decode"] = _decode(
-            settings, engine, drafting, prompts, tokenizer.stop_ids(), [question.domain for question in asked]
-        )
+    chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
+    if chosen and engine is not None:
+        topics = [question.domain for question in asked]
+        result |= decoding(settings, engine, drafting, chosen, tokenizer.stop_ids(), topics)
         result |= side_by_side(result)
     if settings.output and is_main_rank():
         write_json(settings.output, result)
     if not result.get("decode", {}).get("greedy_lossless", True):
         say("[bold red]the decoded text differs from plain greedy decoding[/]: please report this")
         return 1
-    say_serving(settings.draft, settings.model_path, settings.steps)
+    best = result.get("best") or {"steps": min(settings.steps, SERVED_STEPS)}
+    say_serving(settings.draft, settings.model_path, **{name: best[name] for name in SHAPE if name in best})
     leave(ranks)
     return None
 
@@ -185,66 +185,6 @@ def _show(said: Mapping[str, Any]) -> None:
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.3f} ({interval[0]:.2f} .. {interval[1]:.2f})"
-
-
-def _decode(
-    settings: BenchmarkSettings,
-    engine: TargetEngine,
-    drafting: Drafting,
-    prompts: list[list[int]],
-    stop_ids: list[int],
-    domains: list[str],
-) -> dict[str, Any]:
-    """Plain and speculative decoding of the same prompts, and what came of it. `domains`: of the prompts, or none."""
-    chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
-    room = settings.tokens_per_batch - settings.max_new_tokens * (settings.steps + 1)
-    if max(map(len, chosen), default=0) > room:
-        raise ConfigError(
-            f"the longest prompt has {max(map(len, chosen))} tokens, the target's cache has room for {room}",
-            where=f"--tokens-per-batch {settings.tokens_per_batch}",
-            fix="raise it, or lower --max-new-tokens",
-        )
-    pairs = []
-    rule = Drawn(settings.temperature, settings.seed) if settings.temperature else decode.GREEDY
-    for prompt in tracked(chosen, "decoding", len(chosen), "prompts"):
-        own = decode.plain(engine, prompt, settings.max_new_tokens, stop_ids, rule)
-        fast = decode.speculative(engine, drafting, prompt, settings.max_new_tokens, stop_ids, rule)
-        pairs.append((own, fast))
-    passes = sum(fast.passes for _, fast in pairs)
-    made = sum(len(fast.tokens) - 1 for _, fast in pairs)  # the first token comes with the prompt's pass
-    said = f"real decoding: acceptance length {made / max(passes, 1):.3f} over {passes:,} passes"
-    compared: dict[str, Any] = {}
-    if settings.temperature:
-        said += f" at temperature {settings.temperature:g}, seed {settings.seed}"
-    else:
-        comparison = decode.compare(pairs, engine.dtype)
-        compared = {"greedy_lossless": comparison.lossless, **asdict(comparison)}
-        said += f"; text equals plain greedy on {comparison.equal} of {len(pairs)} prompts, "
-        said += f"{comparison.apart_at_near_tie} part at a near-tie"
-    say(said)
-    return {
-        "engine": engine.name,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-        "acceptance_length": made / max(passes, 1),
-        **compared,
-        **_decoded_by_domain([fast for _, fast in pairs], domains),
-        "tokens_per_second": made / sum(fast.seconds for _, fast in pairs),
-        "plain_tokens_per_second": sum(len(o.tokens) - 1 for o, _ in pairs) / sum(o.seconds for o, _ in pairs),
-    }
-
-
-def _decoded_by_domain(decoded: Sequence[Decoded], domains: Sequence[str]) -> dict[str, Any]:
-    """{"by_domain": {domain: accepted length, prompts}} where the prompts have domains."""
-    found = dict[str, Any]()
-    for name in dict.fromkeys(domain for domain in domains if domain):
-        own = [one for one, domain in zip(decoded, domains, strict=True) if domain == name]
-        passes = sum(one.passes for one in own)
-        if passes:
-            made = sum(len(one.tokens) - 1 for one in own)
-            found[name] = {"acceptance_length": made / passes, "prompts": len(own)}
-    return {"by_domain": found} if found else {}
 
 
 def _prompt(token_ids: Any, loss_mask: Any) -> list[int]:

@@ -37,7 +37,7 @@ from specforge.records import Conversation, Sampling
 
 SERVER_ONLY = {"server", "launch", "launch_args", "concurrency"}
 HEARD = {"model_path", "output", "num_prompts", "questions", "max_new_tokens", "temperature", "seed"} | SERVER_ONLY
-LAUNCHED_WITH = {"draft", "steps", "tp_size", "mem_frac", "dtype", "trust_remote_code"}
+LAUNCHED_WITH = {"draft", "steps", "top_k", "draft_tokens", "tp_size", "mem_frac", "dtype", "trust_remote_code"}
 NOT_REPORTED = "not reported"
 
 
@@ -131,7 +131,13 @@ def _server(settings: BenchmarkSettings) -> Iterator[tuple[str, str | None]]:
 
 def _launch_arguments(settings: BenchmarkSettings) -> list[str]:
     assert settings.model_path
-    own = launched.arguments(settings.model_path, str(settings.draft) if settings.draft else None, settings.steps)
+    tree_tokens = settings.draft_tokens
+    if settings.top_k > 1 and tree_tokens is None:
+        from specforge.evaluate.tree import Shape
+
+        tree_tokens = Shape.default(settings.steps, settings.top_k).draft_tokens
+    draft = str(settings.draft) if settings.draft else None
+    own = launched.arguments(settings.model_path, draft, settings.steps, settings.top_k, tree_tokens)
     if settings.tp_size > 1:
         own += ["--tp-size", str(settings.tp_size)]
     if "mem_frac" in settings.model_fields_set:

@@ -70,9 +70,12 @@ def check_target(store: Store, info: TargetInfo) -> None:
         )
 
 
-def say_serving(draft: Path, model_path: str, steps: int) -> None:
+SERVED_STEPS = 3  # of a chain, where nothing was measured: what usually pays
+
+
+def say_serving(draft: Path, model_path: str, steps: int, top_k: int = 1, draft_tokens: int | None = None) -> None:
     say(f"draft: {draft}")
-    say(f"serve it: {command_line(arguments(model_path, str(draft), min(steps, 3)))}")
+    say(f"serve it: {command_line(arguments(model_path, str(draft), steps, top_k, draft_tokens))}")
 
 
 def manifest_of(

@@ -32,6 +32,7 @@ from specforge.features.store import Store
 from specforge.files import write_json
 from specforge.pipeline.checking import after_training
 from specforge.pipeline.shared import (
+    SERVED_STEPS,
     check_lengths,
     check_target,
     leave,
@@ -220,7 +221,7 @@ def _train(
     records = [record for found in sources["test"].batches([few * ranks.tp_size]) for record in found] if few else []
     passed = after_training(settings.output / "best", info, tokenizer, engine, records, ranks)
     if passed:
-        say_serving(settings.output / "best", info.path, settings.steps)
+        say_serving(settings.output / "best", info.path, min(settings.steps, SERVED_STEPS))
     leave(ranks)
     return None if passed else 2
 

@@ -89,7 +89,7 @@ def verdict(run: Run) -> str:
             said.append(f"Epoch {best}, the last one, was the best; it brought little.")
     decode = run.benchmark.decode if run.benchmark else None
     if decode:
-        said.append(f"{_compared(decode)} plain decoding, one prompt at a time; {_lossless(decode)}.")
+        said.append(f"{_compared(decode)} plain decoding, {_at_once(decode)}; {_lossless(decode)}.")
     return " ".join(said)
 
 
@@ -97,6 +97,10 @@ def _compared(decode: Decode) -> str:
     plainly = decode.plain_tokens_per_second
     gain = round(100 * (decode.tokens_per_second / plainly - 1)) if plainly else 0
     return f"{abs(gain)} % {'faster' if gain > 0 else 'slower'} than" if gain else "As fast as"
+
+
+def _at_once(decode: Decode) -> str:
+    return "one prompt at a time" if decode.batch_size == 1 else f"{decode.batch_size} prompts at once"
 
 
 def _lossless(decode: Decode) -> str:
@@ -180,7 +184,7 @@ def _decoding(runs: Sequence[Run]) -> list[Chart | Bars]:
             lengths.append((_short(run.name), [Segment(value=length, style=style, text=f"{length:.2f}")]))
     if not speeds:
         return []
-    note = "One prompt at a time, greedy. A server's throughput is another matter."
+    note = "In process, greedy. A server's throughput is another matter."
     return [
         Bars(title="Tokens per second", rows=speeds, note=note),
         Bars(title="Acceptance length, tokens a pass of the target", rows=lengths),

@@ -77,6 +77,7 @@ class Decode(BaseModel):
     plain_tokens_per_second: FiniteFloat
     engine: str = ""
     dtype: str = ""
+    batch_size: int = 1
     equal: int = 0
     apart_at_near_tie: int = 0
     apart_otherwise: int = 0

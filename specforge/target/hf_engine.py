@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,18 +107,18 @@ class HfEngine:
             )
         return records
 
-    def session(self, max_tokens: int) -> DecodeSession:
+    def session(self) -> DecodeSession:
         return _HfSession(self)
 
     def generate(self, waiting: deque[Prompt], sampling: Sampling, at_once: int) -> Iterator[tuple[int, list[int]]]:
         while waiting:
             prompt = waiting.popleft()
             draws = generator(prompt.seed, self.device)
-            session = self.session(len(prompt.token_ids) + sampling.max_new_tokens)
-            new, answer = list(prompt.token_ids), list[int]()
+            session, new, answer = self.session(), list(prompt.token_ids), list[int]()
             while not ended(answer, sampling):
-                logits, _ = session.extend(new)
-                new = next_tokens(logits[-1:], sampling, [draws]).tolist()
+                ((logits_1V, _),) = session.extend({0: [new]}, only_last=True)[0]
+                session.keep(0, 0, len(new))
+                new = next_tokens(logits_1V, sampling, [draws]).tolist()
                 answer += new
             yield prompt.key, answer
 
@@ -132,16 +133,36 @@ class HfEngine:
 
 
 class _HfSession:
+    """Path by path, each on a copy of its sequence's cache: slow and obvious."""
+
     def __init__(self, engine: HfEngine) -> None:
-        self._engine, self._cache = engine, DynamicCache()
+        self._engine = engine
+        self._kept, self._lengths = dict[int, DynamicCache](), dict[int, int]()
+        self._passed = dict[int, list[DynamicCache]]()  # of each path of the last pass
 
-    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(token_ids), device=self._engine.device)
-        aux, _, logits = self._engine._forward(token_ids, self._cache, rows)
-        return logits, aux
+    def extend(
+        self, paths: Mapping[int, Sequence[Sequence[int]]], only_last: bool = False
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        assert not self._passed, "a sequence of the last pass was neither kept nor dropped"
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for number, of_one in paths.items():
+            kept = self._kept.get(number, DynamicCache())
+            self._passed[number] = [kept if len(of_one) == 1 else copy.deepcopy(kept) for _ in of_one]
+            found[number] = []
+            for path, cache in zip(of_one, self._passed[number], strict=True):
+                rows = torch.arange(len(path), device=self._engine.device)
+                aux, _, logits = self._engine._forward(path, cache, rows[-1:] if only_last else rows)
+                found[number].append((logits, aux))
+        return found
 
-    def keep(self, length: int) -> None:
-        self._cache.crop(length)
+    def keep(self, number: int, path: int, count: int) -> None:
+        self._kept[number] = self._passed.pop(number)[path]
+        self._lengths[number] = self._lengths.get(number, 0) + count
+        self._kept[number].crop(self._lengths[number])
+
+    def drop(self, number: int) -> None:
+        for state in (self._kept, self._lengths, self._passed):
+            state.pop(number, None)
 
     def close(self) -> None:
-        self._cache = DynamicCache()
+        self._kept, self._lengths, self._passed = {}, {}, {}

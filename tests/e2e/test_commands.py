@@ -150,9 +150,32 @@ def test_benchmark_decodes_lossless_in_fp32(work):
     assert sum(part["predictions"] for part in forced["by_domain"].values()) == forced["predictions"]
 
 
+def test_benchmark_looks_for_the_fastest_tree_and_decodes_with_it(work):
+    given = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--max-length", 256]
+    given += ["--num-prompts", 5, "--max-new-tokens", 12, "--batch-size", 2, "--sweep", "--output", "sweep.json"]
+    said = run(command("benchmark", *given), work)
+    result = json.loads((work / "sweep.json").read_text())
+    shape = ("steps", "top_k", "draft_tokens")
+    rows, best, decoded = result["sweep"], result["best"], result["decode"]
+    assert {row["top_k"] for row in rows} == {1, 2, 4, 8}
+    assert [row["steps"] for row in rows if row["top_k"] == 1] == list(range(1, 8))
+    for row in rows:
+        seconds = (row["draft_ms"] + row["target_ms"]) / 1000
+        assert row["speed_up"] == pytest.approx(row["acceptance_length"] * row["plain_ms"] / 1000 / seconds)
+        assert row["tokens_per_second"] == pytest.approx(2 * row["acceptance_length"] / seconds)
+    assert best["speed_up"] == max(row["speed_up"] for row in rows)
+    assert [best[name] for name in shape] == [decoded[name] for name in shape]
+    assert best["acceptance_length"] == decoded["acceptance_length"] == best["measured_acceptance_length"]
+    assert best["measured_speed_up"] == decoded["speed_up"]
+    assert (decoded["equal"], decoded["batch_size"]) == (5, 2)
+    assert all(decoded["seconds"][name] > 0 for name in ("prefill", "draft", "target"))
+    assert "speed-up expected" in said
+    assert ("nothing is faster than plain decoding" in said) == (max(best["speed_up"], decoded["speed_up"]) <= 1)
+
+
 @pytest.mark.proof
 def test_benchmark_with_two_ranks(work):
-    target = ["--model-path", "target", "--tp-size", 2]
+    target = ["--model-path", "target", "--tp-size", 2, "--batch-size", 2, "--sweep"]
     given = ["--draft", "offline/best", "--data", "data", "--num-prompts", 3, "--max-new-tokens", 12]
     run(command("benchmark", *target, *given, "--max-length", 256, "--output", "bench2.json"), work)
     result = json.loads((work / "bench2.json").read_text())

@@ -611,6 +611,28 @@ def test_a_draft_of_which_a_tensor_is_missing(work):
     assert "norm.weight" in refused(run, work, *benchmark(work, "--data", work / "data", "--draft", "draft"))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--steps 0",
+        "--top-k 0",
+        "--top-k 101",  # the draft knows 100 tokens
+        "--draft-tokens 1",
+        "--draft-tokens 9 --steps 7",  # a chain of 7 and the newest token
+        "--draft-tokens 8 --steps 2 --top-k 2",  # 2 + 4 and the newest token
+        "--batch-size 0",
+        "--batch-size 257",
+        "--batch-size 20 --top-k 4",  # 15 paths each
+        "--batch-size 10 --sweep",
+        "--sweep --temperature 1",
+        "--sweep --num-prompts 0",
+    ],
+)
+def test_trees_that_cannot_be(work, flags):
+    output = refused(run, work, *benchmark(work, "--data", work / "data", *flags.split()))
+    assert flags.split()[0] in output
+
+
 def test_nothing_to_benchmark_on(work):
     assert "--data" in refused(run, work, *benchmark(work))
 

@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from specforge.draft.unroll import unroll
 from specforge.evaluate.acceptance import binned, confident_guesses, guesses, teacher_forced, walk
-from specforge.evaluate.decode import ChainDrafter, Decoded, Drafting, compare, is_near_tie
+from specforge.evaluate.decode import GREEDY, Text, compare, is_near_tie
+from specforge.evaluate.drafter import Drafter, Drafting
 from specforge.evaluate.figures import MAX_DOMAINS, by_domain, calibration, calibration_error, figures, intervals
+from specforge.evaluate.tree import Shape
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord
 from tests.unit.test_draft_step import CONFIG, STEPS, H, V, make
 
@@ -60,8 +62,8 @@ def test_walk_advances_by_accepted_plus_one_and_starts_anew_with_each_turn():
     #       two turns in the first record, one in the second
     depth = torch.tensor([4, 3, 2, 1, 0, 0, 2, 1, 0, 3, 2, 1, 0]).numpy()
     accepted = torch.tensor([2, 0, 0, 0, 0, 0, 0, 1, 0, 3, 0, 0, 0]).numpy()
-    # 0 -> 3 (three tokens), 3 -> 4 (one); 6 -> 7 (one), 7 -> 9 (two); 9 -> 13 (four)
-    assert walk(depth, accepted, [9, 4]).tolist() == [[7, 4], [4, 1]]
+    # 0 -> 3 (three tokens), 3 -> 4 (one); 6 -> 7 (one), 7 -> 8 (one, though it stands: the turn ends); 9 -> 12 (three)
+    assert walk(depth, accepted, [9, 4]).tolist() == [[6, 4], [3, 1]]
 
 
 def all_sums(found):
@@ -159,7 +161,7 @@ def simulated(random, conversations):
         )
 
     by_row = acceptance(np.ones_like(accepted_RK), accepted_RK, np.ones((len(accepted_RK), 2), dtype=np.int64))
-    walk_N2 = walk(np.full(len(record_R), SIMULATED), accepted_RK.sum(1), lengths_N.tolist())
+    walk_N2 = walk(np.full(len(record_R), TURN), accepted_RK.sum(1), lengths_N.tolist())
     rows_NK = np.repeat(lengths_N[:, None], SIMULATED, axis=1)
     return acceptance(rows_NK, np.add.reduceat(accepted_RK, starts_N), walk_N2), by_row
 
@@ -262,12 +264,13 @@ def test_the_chain_drafter_says_what_the_unrolled_step_was_taught(seed, pieces):
     n = sum(pieces)
     ids = torch.randint(0, V, (n + 1,), generator=source)
     aux = torch.randn(n + 1 + STEPS + 2, 3 * H, generator=source)
-    drafter = ChainDrafter(Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=kept, steps=STEPS))
+    shape = Shape.chain(STEPS)
+    drafter = Drafter(Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=kept, shape=shape))
     start = 0
     for piece in pieces:  # seen at once, or bit by bit as decoding does
-        drafter.see(aux[start : start + piece], ids[start + 1 : start + piece + 1].tolist())
+        drafter.see({0: (aux[start : start + piece], ids[start + 1 : start + piece + 1].tolist())})
         start += piece
-    proposed = [draft.token for draft in drafter.propose(STEPS)]
+    proposed = drafter.grow({0: GREEDY})[0].tokens[1:]
     text = torch.cat([ids, torch.tensor(proposed), torch.zeros(2, dtype=torch.int64)])
     rows = len(text) - 1
     record = FeatureRecord(
@@ -286,7 +289,7 @@ def test_the_chain_drafter_says_what_the_unrolled_step_was_taught(seed, pieces):
 
 
 def decoded(tokens, ties=()):
-    return Decoded(tokens=tokens, passes=1, seconds=1.0, near_ties=list(ties) or [False] * len(tokens))
+    return Text(prompt=[], tokens=tokens, near_ties=list(ties) or [False] * len(tokens))
 
 
 def test_texts_may_only_part_at_a_near_tie_and_never_in_fp32():

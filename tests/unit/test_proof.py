@@ -1,12 +1,18 @@
-"""The benchmark: whose domains the samples of a store are given, and what is shown."""
+"""The benchmark: whose domains the samples of a store are given, what is shown, and which trees have room."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from specforge import console
+from specforge.config import BenchmarkSettings
+from specforge.errors import ConfigError
 from specforge.evaluate.figures import figures
+from specforge.evaluate.tree import Shape
+from specforge.pipeline.decoding import _check_room, shape_of
 from specforge.pipeline.proof import _domains, _show
 from specforge.records import Acceptance, Example
 
@@ -53,3 +59,34 @@ def test_the_figures_are_shown_with_intervals(capsys, monkeypatch, domains):
     assert "1: 1.62, 2: 1.96" in said
     assert "holds 87.5% of the target's choices; calibration error 0.125" in said
     assert ("[red]chat[/" in said) == bool(domains)
+
+
+def settings(**given):
+    return BenchmarkSettings(model_path="target", draft="draft", **given)
+
+
+def test_the_shape_is_what_was_asked_for():
+    assert shape_of(settings(), 100) == Shape.chain(7)
+    assert shape_of(settings(steps=3), 100) == Shape.chain(3)
+    assert shape_of(settings(steps=5, top_k=4), 100) == Shape(steps=5, top_k=4, draft_tokens=16)
+    assert shape_of(settings(steps=5, top_k=4, draft_tokens=9), 100) == Shape(steps=5, top_k=4, draft_tokens=9)
+
+
+@pytest.mark.parametrize(("room", "batch_size", "fits"), [(2 * 39, 2, True), (2 * 39 - 1, 2, False), (39, 1, True)])
+def test_prompts_at_once_must_have_room_whatever_the_draft_says(room, batch_size, fits):
+    """10 tokens, 20 new ones, and for a tree of 5 at most 9: 3 paths of 3 tokens that share two."""
+    engine = SimpleNamespace(tokens_per_batch=room, info=SimpleNamespace(config={"max_position_embeddings": 33}))
+    given = settings(max_new_tokens=20, batch_size=batch_size)
+    shapes = [Shape.chain(2), Shape(steps=3, top_k=4, draft_tokens=5)]
+    assert shapes[1].most_tokens == 9
+    if fits:
+        _check_room(given, engine, [[1] * 10, [1] * 3], shapes)
+    else:
+        with pytest.raises(ConfigError, match="room"):
+            _check_room(given, engine, [[1] * 10, [1] * 3], shapes)
+
+
+def test_drafts_may_not_reach_beyond_the_context():
+    engine = SimpleNamespace(tokens_per_batch=1000, info=SimpleNamespace(config={"max_position_embeddings": 32}))
+    with pytest.raises(ConfigError, match="context of 32"):
+        _check_room(settings(max_new_tokens=20), engine, [[1] * 10], [Shape.chain(3)])

@@ -1,10 +1,11 @@
-"""Drawn at temperature 1, decoding with a draft gives the target's own distribution, whatever the draft is.
+"""Drawn at temperature 1, decoding with a draft (a chain, a tree) gives the target's own distribution, whatever it is.
 
 A real tiny target (64 tokens, transformers, fp32) and a real draft; what they say after a prefix is computed once, so
 that 20,000 texts take seconds. The loop and the rule under test are the ones that decode."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 
 from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.evaluate import decode, rules
-from specforge.evaluate.decode import ChainDrafter, Drafting
-from specforge.evaluate.rules import Draft, Drawn
+from specforge.evaluate.decode import Limits
+from specforge.evaluate.drafter import Drafter, Drafting
+from specforge.evaluate.rules import Drawn
+from specforge.evaluate.tree import Shape, Tree, Verdict, root_only
 from specforge.records import Ranks
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine
@@ -23,6 +26,7 @@ from tests import tiny
 V, SAMPLES, SEED, PROMPT, LENGTH, STEPS = 64, 20_000, 0, (5, 9, 33, 7), 4, 2
 LAYERS = (1, 3, 4)
 KEPT = torch.arange(0, V, 2)  # half of the tokens the draft cannot say
+CHAIN, TREE = Shape.chain(STEPS), Shape(steps=STEPS, top_k=8, draft_tokens=30)
 SOUND, BROKEN = 0.01, 1e-6  # probabilities of a chi-square at least as large
 
 
@@ -38,26 +42,31 @@ class Table:
             out = engine._model(ids, output_hidden_states=True)
         self._logits = out.logits.view(V, V, len(PROMPT) + 2, V)
         self._aux = torch.cat([out.hidden_states[k + 1] for k in LAYERS], -1).view(V, V, len(PROMPT) + 2, -1)
-        self._tokens: list[int] = []
 
-    def session(self, max_tokens: int) -> Table:
-        self._tokens = []
+    def session(self) -> Table:
+        self._kept: dict[int, list[int]] = {}
         return self
 
-    def extend(self, token_ids):
+    def extend(self, paths, only_last=False):
         """What follows three tokens is the fourth: nobody looks at it, so its logits are anything."""
-        start = len(self._tokens)
-        self._tokens += token_ids
-        first, second = (*self._tokens[len(PROMPT) :], 0, 0)[:2]
-        found = (x[first, second] for x in (self._logits, self._aux))
-        more = len(self._tokens) - len(PROMPT) - 2
-        return tuple(F.pad(x, (0, 0, 0, max(0, more)))[start : len(self._tokens)] for x in found)
+        self._passed = {n: [self._kept.get(n, []) + list(path) for path in of_one] for n, of_one in paths.items()}
+        return {n: [self._behind(n, whole, only_last) for whole in of_one] for n, of_one in self._passed.items()}
 
-    def keep(self, length: int) -> None:
-        del self._tokens[length:]
+    def _behind(self, number, whole, only_last):
+        first, second = (*whole[len(PROMPT) :], 0, 0)[:2]
+        more = max(0, len(whole) - len(PROMPT) - 2)
+        start = len(self._kept.get(number, []))
+        logits, aux = (F.pad(x[first, second], (0, 0, 0, more))[start : len(whole)] for x in (self._logits, self._aux))
+        return logits[-1:] if only_last else logits, aux
+
+    def keep(self, number, path, count) -> None:
+        self._kept[number] = self._passed[number][path][: len(self._kept.get(number, [])) + count]
+
+    def drop(self, number) -> None:
+        del self._kept[number]
 
     def close(self) -> None:
-        pass
+        assert not self._kept
 
     def first_three(self) -> torch.Tensor:
         """[V, V, V] the target's probability of the three tokens after the prompt, exact."""
@@ -67,41 +76,70 @@ class Table:
 
 
 class RememberingDrafter:
-    """A drafter that asks a real one for what it has not seen yet."""
+    """A drafter that asks a real one for what it has not seen yet: a tree depends on the text alone, and a chain that
+    is drawn on what was drawn before too. Behind the third token anything will do."""
 
     known: ClassVar[dict] = {}
 
     def __init__(self, drafting: Drafting) -> None:
-        self._drafting, self._aux, self._tokens = drafting, [], []
+        self._drafting, self._aux, self._tokens = drafting, {}, {}
 
-    def see(self, aux_nA, next_tokens) -> None:
-        self._aux.append(aux_nA)
-        self._tokens += next_tokens
+    def see(self, new) -> None:
+        for number, (aux_nA, tokens) in new.items():
+            self._aux.setdefault(number, []).append(aux_nA)
+            self._tokens.setdefault(number, []).extend(tokens)
 
-    def propose(self, steps: int, rule) -> list[Draft]:
+    def forget(self, number) -> None:
+        del self._aux[number], self._tokens[number]
+
+    def grow(self, rules) -> dict[int, Tree]:
+        return {
+            n: self._chain(n, rule) if self._drafting.shape == CHAIN else self._tree(n) for n, rule in rules.items()
+        }
+
+    def _tree(self, number) -> Tree:
+        key = tuple(self._tokens[number])
+        if self._new(number) >= 3:
+            return root_only(key[-1])
+        if key not in self.known:
+            self.known[key] = self._asked(number, None)
+        return self.known[key]
+
+    def _chain(self, number, rule) -> Tree:
         kept_D, vocab_size = self._drafting.kept_D, self._drafting.draft.config.vocab_size
-        proposed: list[Draft] = []
-        for _ in range(steps):
-            key = (tuple(self._tokens), tuple(draft.token for draft in proposed))
+        tokens, drawn_from = [self._tokens[number][-1]], []
+        for _ in range(STEPS):
+            key = (tuple(self._tokens[number]), tuple(tokens))
+            if self._new(number) + len(drawn_from) >= 3:
+                self.known[key] = torch.zeros(len(kept_D))
             if key not in self.known:
-                real = ChainDrafter(self._drafting)
-                real.see(torch.cat(self._aux), self._tokens)
-                forced = Forced(key[1])
-                real.propose(len(proposed) + 1, forced)
-                self.known[key] = forced.last
-            proposed.append(rule.draft(self.known[key], kept_D, vocab_size))
-        return proposed
+                forced = Forced(tokens[1:])
+                self._asked(number, forced)
+                self.known[key] = forced.said[len(tokens) - 1]
+            token, q_V = rule.draft(self.known[key], kept_D, vocab_size)
+            tokens.append(token)
+            drawn_from.append(q_V)
+        return Tree(tokens=tuple(tokens), parents=tuple(range(-1, STEPS)), drawn_from=tuple(drawn_from))
+
+    def _new(self, number) -> int:
+        """Tokens behind the prompt, whose first token is not among those seen."""
+        return len(self._tokens[number]) + 1 - len(PROMPT)
+
+    def _asked(self, number, rule) -> Tree:
+        real = Drafter(self._drafting)
+        real.see({0: (torch.cat(self._aux[number]), self._tokens[number])})
+        return real.grow({0: rule})[0]
 
 
 class Forced:
-    """Says the given tokens, then keeps the logits."""
+    """Says the given tokens (then any), and keeps the logits of each step."""
 
     def __init__(self, tokens) -> None:
-        self._tokens = list(tokens)
+        self._tokens, self.said = [*tokens], []
 
-    def draft(self, logits_D, kept_D, vocab_size) -> Draft:
-        self.last = logits_D
-        return Draft(token=self._tokens.pop(0) if self._tokens else 0, q_V=None)
+    def draft(self, logits_D, kept_D, vocab_size):
+        self.said.append(logits_D)
+        return self._tokens.pop(0) if self._tokens else 0, None
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +152,19 @@ def target(tmp_path_factory):
     head = weights.load_head(info, torch.float32)
     draft = Eagle3Draft(DraftConfig.for_target(info, LAYERS, len(KEPT))).eval()
     draft.initialise(head, KEPT, seed=0)
-    drafting = Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=KEPT, steps=STEPS)
+    drafting = Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=KEPT, shape=CHAIN)
     engine = Table(real)
     return engine, drafting, engine.first_three()
 
 
-def drawn(target, monkeypatch, count: int) -> tuple[torch.Tensor, float]:
+def drawn(target, monkeypatch, count: int, shape: Shape = CHAIN) -> tuple[torch.Tensor, float]:
     """([count, 3] texts, accepted drafts a pass)."""
     engine, drafting, _ = target
-    monkeypatch.setattr(decode, "ChainDrafter", RememberingDrafter)
-    rule = Drawn(1.0, SEED)
-    found = [decode.speculative(engine, drafting, PROMPT, LENGTH, [], rule) for _ in range(count)]
-    assert all(len(text.tokens) == LENGTH for text in found)
-    passes = sum(text.passes for text in found)
-    return torch.tensor([text.tokens[:3] for text in found]), count * (LENGTH - 1) / passes - 1
+    monkeypatch.setattr(decode, "Drafter", RememberingDrafter)
+    drafting, limits = replace(drafting, shape=shape), Limits(max_new_tokens=LENGTH, batch_size=4)
+    found = decode.speculative(engine, drafting, [PROMPT] * count, limits, Drawn(1.0, SEED))
+    assert all(len(text.tokens) == LENGTH for text in found.texts)
+    return torch.tensor([text.tokens[:3] for text in found.texts]), found.length - 1
 
 
 def chance(seen: torch.Tensor, expected: torch.Tensor) -> float:
@@ -154,9 +191,10 @@ def chances(texts_N3: torch.Tensor, target_VVV: torch.Tensor) -> dict[str, float
     return found
 
 
-def test_the_text_is_the_targets_own(target, monkeypatch):
-    texts_N3, accepted = drawn(target, monkeypatch, SAMPLES)
-    assert 0.1 < accepted < 2.5  # both branches of the rule were taken often
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=str)
+def test_the_text_is_the_targets_own(target, monkeypatch, shape):
+    texts_N3, accepted = drawn(target, monkeypatch, SAMPLES, shape)
+    assert 0.1 < accepted < 2.5  # drafts that stand and drafts that do not were seen often
     assert min(chances(texts_N3, target[2]).values()) > SOUND
 
 
@@ -169,4 +207,28 @@ def test_the_comparison_notices_a_sampler_without_residual_distribution(target, 
 def test_the_comparison_notices_a_draft_that_always_stands(target, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64) - 1)
     texts_N3, _ = drawn(target, monkeypatch, 2000)
+    assert min(chances(texts_N3, target[2]).values()) < BROKEN
+
+
+class EachChildAlone(Drawn):
+    """Broken: each child in turn stands with probability p, and where none does the last token is drawn from p."""
+
+    def of(self, number):
+        return EachChildAlone(1.0, number)
+
+    def verify(self, tree, logits_nV):
+        nodes = [0]
+        while True:
+            p_V = self._shares(logits_nV[nodes[-1]])
+            children = [node for node, parent in enumerate(tree.parents) if parent == nodes[-1]]
+            tries = torch.rand(len(children), generator=self._generator, dtype=torch.float64)
+            child = next((c for c, u in zip(children, tries, strict=True) if u < p_V[tree.tokens[c]]), None)
+            if child is None:
+                return Verdict(nodes=nodes, token=self._draw(p_V))
+            nodes.append(child)
+
+
+def test_the_comparison_notices_a_tree_whose_children_are_tried_one_by_one(target, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.Drawn", EachChildAlone)
+    texts_N3, _ = drawn(target, monkeypatch, 2000, TREE)
     assert min(chances(texts_N3, target[2]).values()) < BROKEN

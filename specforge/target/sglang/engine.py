@@ -6,7 +6,7 @@ import contextlib
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ class SglangEngine:
             )
         return records
 
-    def session(self, max_tokens: int) -> DecodeSession:
+    def session(self) -> DecodeSession:
         return _Session(self)
 
     @torch.no_grad()
@@ -229,7 +229,9 @@ class SglangEngine:
         self._clear()
         return logits
 
-    def _extend(self, sequences: list[list[int]], prefix_slots: Tensor | None = None) -> tuple[Any, Tensor]:
+    def _extend(self, sequences: list[list[int]], prefixes: Sequence[Tensor] = ()) -> tuple[Any, Tensor]:
+        """`prefixes`: for each sequence the places of its first tokens in the KV pool, where they are there already.
+        Several sequences may share them."""
         runner, requests = self._runner, []
         for number, ids in enumerate(sequences):
             request = sgl.Req(
@@ -240,8 +242,8 @@ class SglangEngine:
             )
             request.full_untruncated_fill_ids = request.origin_input_ids
             request.logprob_start_len = -1
-            if prefix_slots is not None:
-                request.prefix_indices = prefix_slots
+            if prefixes:
+                request.prefix_indices = prefixes[number]
             request.set_extend_range(len(request.prefix_indices), len(ids))
             requests.append(request)
         batch = sgl.ScheduleBatch.init_new(
@@ -283,28 +285,52 @@ class _Running:
 
 
 class _Session:
-    """One sequence, extended piece by piece. `slots` are its places in SGLang's KV pool; those of forgotten tokens
-    are only given back at the end, so the pool must hold every token that was ever appended."""
+    """Paths are requests of one extend batch that share the places of their sequence's kept tokens in the KV pool."""
 
     def __init__(self, engine: SglangEngine) -> None:
-        self._engine, self._ids = engine, list[int]()
-        self._slots = torch.empty(0, dtype=torch.int64, device=engine.device)
+        self._engine = engine
+        self._ids, self._slots = dict[int, list[int]](), dict[int, Tensor]()  # what is kept
+        self._passed = dict[int, list[tuple[list[int], Tensor]]]()  # ids and places of each path of the last pass
         engine._clear()
 
     @torch.no_grad()
-    def extend(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        engine = self._engine
+    def extend(
+        self, paths: Mapping[int, Sequence[Sequence[int]]], only_last: bool = False
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        assert not self._passed, "a sequence of the last pass was neither kept nor dropped"
+        for number in paths:
+            self._ids.setdefault(number, [])
+            self._slots.setdefault(number, torch.empty(0, dtype=torch.int64, device=self._engine.device))
+        flat = [(number, list(path)) for number, of_one in paths.items() for path in of_one]
+        engine, lengths = self._engine, [len(path) for _, path in flat]
         engine._runner.req_to_token_pool.clear()
-        engine._hook.rows = torch.arange(len(token_ids))
+        engine._hook.rows = torch.tensor(lengths).cumsum(0) - 1 if only_last else torch.arange(sum(lengths))
         engine._hook.keep_logits = True
-        self._ids += token_ids
-        batch, _ = engine._extend([self._ids], prefix_slots=self._slots)
+        sequences, prefixes = [self._ids[n] + path for n, path in flat], [self._slots[n] for n, _ in flat]
+        batch, _ = engine._extend(sequences, prefixes)
         engine._hook.keep_logits = False
-        self._slots = torch.cat([self._slots, batch.out_cache_loc.to(torch.int64)])
-        return engine._hook.logits, engine._hook.aux
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in paths}
+        self._passed = {number: [] for number in paths}
+        logits = engine._hook.logits.split([1] * len(flat) if only_last else lengths)
+        slots = batch.out_cache_loc.to(torch.int64).split(lengths)
+        pieces = zip(flat, logits, engine._hook.aux.split(lengths), slots, strict=True)
+        for (number, path), logits_nV, aux_nA, slots_n in pieces:
+            found[number].append((logits_nV, aux_nA))
+            self._passed[number].append((path, slots_n))
+        return found
 
-    def keep(self, length: int) -> None:
-        self._ids, self._slots = self._ids[:length], self._slots[:length]
+    def keep(self, number: int, path: int, count: int) -> None:
+        passed = self._passed.pop(number)
+        ids, slots_n = passed[path]
+        self._ids[number] += ids[:count]
+        self._slots[number] = torch.cat([self._slots[number], slots_n[:count]])
+        others = [slots for at, (_, slots) in enumerate(passed) if at != path]
+        self._engine._runner.token_to_kv_pool_allocator.free(torch.cat([slots_n[count:], *others]))
+
+    def drop(self, number: int) -> None:
+        passed = [slots for _, slots in self._passed.pop(number, [])]
+        self._engine._runner.token_to_kv_pool_allocator.free(torch.cat([self._slots.pop(number), *passed]))
+        del self._ids[number]
 
     def close(self) -> None:
         self._engine._clear()
