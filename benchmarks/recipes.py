@@ -64,9 +64,10 @@ RECIPES = {
     "next fit": Recipe(chance=True),
     "2 rows a step": Recipe(rows_per_step=2),  # about as many tokens a step as 8 conversations
     "2 rows a step, one count": Recipe(rows_per_step=2, one_count=True),
-    "lr 5e-4": Recipe(lr=5e-4),
     "lr 1e-3": Recipe(lr=1e-3),
     "lr 4e-3": Recipe(lr=4e-3),
+    "rows of 512": Recipe(row_tokens=512),
+    "rows of 512, lr 1e-3": Recipe(row_tokens=512, lr=1e-3),
     "4 rows a step": Recipe(rows_per_step=4),
     "4 rows a step, lr 4e-3": Recipe(rows_per_step=4, lr=4e-3),
     "1 epoch": Recipe(epochs=1),
