@@ -34,6 +34,14 @@ def _cpu() -> torch.device:
     return torch.device("cpu")
 
 
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on `device`, without waiting for it: on CUDA by way of pinned memory, since a copy from other memory
+    waits until all that is queued there is done."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
+
+
 MAX_EXAMPLES = 256  # examples in one pass of the target
 HARDLY = 1.1  # acceptance length; an untrained draft, or one that reads another target's states, has 1.00 to 1.05
 HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
@@ -150,13 +158,13 @@ class FeatureBatch:
         index_T[teachers_S] = torch.arange(len(teachers_S))
 
         def joined(name: str, to: torch.dtype) -> Tensor:
-            return torch.cat([getattr(record, name) for record in records]).to(device, to)
+            return torch.cat([sent(getattr(record, name), device, to) for record in records])
 
         return cls(
             sample_ids=tuple(record.sample_id for record in records),
             lengths=tuple(lengths),
             token_ids=joined("token_ids", torch.int64),
-            positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
+            positions=sent(torch.cat([torch.arange(n) for n in lengths]), device),
             aux=joined("aux", dtype),
             last=joined("last", dtype),
             teacher_lse=joined("teacher_lse", torch.float32),

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.records import TargetHead
+from specforge.records import TargetHead, sent
 
 CHUNK = 256  # teacher rows
 MULTIPLE = 64  # rows are filled up to it with zeros of no weight: few shapes (unroll.py says why)
@@ -60,7 +60,7 @@ class FusedLoss(torch.autograd.Function):
         starts = list(range(0, total, CHUNK))
         teacher_M, order_M = torch.sort(teacher_M, stable=True)
         bounds = torch.searchsorted(teacher_M, torch.tensor([*starts, total])).tolist()
-        teacher_M, order_M = teacher_M.to(student_MH.device), order_M.to(student_MH.device)
+        teacher_M, order_M = sent(teacher_M, student_MH.device), sent(order_M, student_MH.device)
         with_grad = student_MH.requires_grad or head_DH.requires_grad
         loss_M = torch.zeros(len(teacher_M), device=student_MH.device, dtype=wide)
         best_M = torch.zeros(len(teacher_M), dtype=torch.int64, device=student_MH.device)

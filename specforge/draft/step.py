@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from specforge.draft.loss import FusedLoss, Teacher
 from specforge.draft.model import Eagle3Draft
 from specforge.draft.unroll import unroll
-from specforge.records import FeatureBatch, TargetHead
+from specforge.records import FeatureBatch, TargetHead, sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +74,19 @@ class DraftStep(nn.Module):
         hidden_MH = torch.cat([step.hidden_RH for step in unrolled])
         top1_M = batch.teacher_top1[teacher_M]
         known_M = torch.nonzero(known_V[top1_M]).squeeze(1)
-        step_m, top1_m = step_M[known_M].to(device), top1_M[known_M].to(device)
+        step_m, top1_m = sent(step_M[known_M], device), sent(top1_M[known_M], device)
         step_i = torch.arange(self.steps, device=device, dtype=torch.float64)
-        share_i = self.decay**step_i / normaliser.to(device).clamp(min=1)
+        share_i = self.decay**step_i / sent(normaliser, device).clamp(min=1)
         teacher = Teacher(
             head=head, head_DH=teacher_head_DH, last_SH=batch.last, lse_S=batch.teacher_lse, kind=self.loss
         )
         weight_m = share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m]
-        normed_mH = self.draft.norm(hidden_MH[known_M.to(device)])
+        normed_mH = self.draft.norm(hidden_MH[sent(known_M, device)])
         loss, loss_m, best_m = FusedLoss.apply(
             normed_mH, self.draft.lm_head.weight, teacher, teacher_M[known_M], weight_m
         )
         if idle:
-            none, none_there = self.no_rows(), self.no_rows().to(device)
+            none, none_there = self.no_rows(), sent(self.no_rows(), device)
             return StepResult(loss=loss * 0, loss_sum=none_there.float(), loss_rows=none, hits=none_there, rows=none)
         hit_m = (kept_D[best_m] == top1_m).long()
         return StepResult(

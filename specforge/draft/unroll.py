@@ -29,7 +29,7 @@ from torch import Tensor
 
 from specforge.draft.attention import attend
 from specforge.draft.model import Eagle3Draft
-from specforge.records import FeatureBatch
+from specforge.records import FeatureBatch, sent
 
 MULTIPLE = 64
 
@@ -44,7 +44,7 @@ class UnrolledStep:
 
 
 def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int) -> list[UnrolledStep]:
-    """All steps' hidden states; steps in which no row counts are empty. Reads nothing back from the device."""
+    """All steps' hidden states; steps in which no row counts are empty. Never waits for the device."""
     spare = -len(batch.token_ids) % MULTIPLE
     tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
     device = tokens_T.device
@@ -54,7 +54,7 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
     keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
 
     rows_R, count = filled(torch.nonzero(depth_T > 0).squeeze(1))
-    at_R = rows_R.to(device)
+    at_R = sent(rows_R, device)
     feature_RH, x_R2H = feature_TH[at_R], x_T2H[at_R]
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
@@ -62,7 +62,7 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
     for i in range(steps):
         if i > 0:
             inside_R, count = filled(torch.nonzero(depth_T[rows_R[:count]] > i).squeeze(1))
-            rows_R, inside_R = rows_R[inside_R], inside_R.to(device)
+            rows_R, inside_R = rows_R[inside_R], sent(inside_R, device)
             at_R, feature_RH = at_R[inside_R], feature_RH[inside_R]
             x_R2H = draft.attention_input(F.embedding(tokens_T[at_R + 1 + i], embedding_VH), feature_RH)
             key_RKE, value_RKE = draft.keys_values(x_R2H, positions_T[at_R] + i)

@@ -29,7 +29,7 @@ from specforge.errors import StoreError
 from specforge.features.codec import CODECS, Codec, decode, decompress, state_bytes
 from specforge.features.index import RecordLine, ShardLine
 from specforge.files import sync_folder
-from specforge.records import FeatureRecord
+from specforge.records import FeatureRecord, sent
 
 HEAD = 4096  # states begin on a page; room for the header of the largest shard
 DTYPES = {"input_ids": "I32", "teacher_top1": "I32", "teacher_lse": "F32", "loss_mask": "U8"}
@@ -140,7 +140,7 @@ class Shard:
         if codec.zstd:
             size = state_bytes(codec, tokens, teachers, self._hidden_size)
             stored = torch.from_numpy(decompress(codec, stored.numpy(), size))
-        aux_TA, last_SH = decode(codec, stored.to(device), tokens, teachers, self._hidden_size)
+        aux_TA, last_SH = decode(codec, sent(stored, device), tokens, teachers, self._hidden_size)
         return FeatureRecord(
             sample_id=line["sample_id"],
             token_ids=self._part("input_ids", at, at + 1),

@@ -82,7 +82,7 @@ class Staging:
     def put(self, record: FeatureRecord) -> Staged:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            for tensor in (record.aux, record.last, record.teacher_top1, record.teacher_lse):
+            for tensor in (record.aux, record.last, record.teacher_lse):
                 tensor.record_stream(self._stream)  # the caller may let go of it before it is copied
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             states = encode(self._codec, record.aux, record.last)

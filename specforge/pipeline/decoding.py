@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from specforge.config import BenchmarkSettings
+from specforge.config import BenchmarkSettings, flags
 from specforge.console import console, is_main_rank, say, tracked
 from specforge.errors import ConfigError
 from specforge.evaluate import decode
@@ -46,7 +46,15 @@ def shape_of(settings: BenchmarkSettings, draft_vocab_size: int) -> Shape:
             where="--sweep",
             fix="leave out --temperature and --num-prompts 0",
         )
+    if settings.sweep and (chosen := settings.model_fields_set & {"top_k", "draft_tokens"}):
+        raise ConfigError("the search chooses these itself", where=flags(chosen), fix="leave them out, or --sweep")
     for one in SHAPES if settings.sweep else (shape,):
+        if one.most_paths > MAX_EXAMPLES:
+            raise ConfigError(
+                f"a tree of {one.draft_tokens} tokens may have {one.most_paths} paths, a pass takes {MAX_EXAMPLES}",
+                where="--top-k, --draft-tokens",
+                fix=f"verify {MAX_EXAMPLES + 1} tokens at most",
+            )
         if settings.batch_size * one.most_paths > MAX_EXAMPLES:
             raise ConfigError(
                 f"{settings.batch_size} prompts with trees of up to {one.most_paths} paths ({one}) are more than the "
@@ -68,8 +76,7 @@ def decoding(
     """Plain and speculative decoding of the same prompts, and what came of it: `decode` of the result, and with --sweep
     `sweep` and `best`. `domains`: of the prompts, or none."""
     limits = Limits(max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids, batch_size=settings.batch_size)
-    shapes = _fitting(drafting) if settings.sweep else [drafting.shape]
-    _check_room(settings, engine, prompts, shapes)
+    shapes = shapes_of(settings, drafting.shape, len(drafting.kept_D))
     rule = Drawn(settings.temperature, settings.seed) if settings.temperature else decode.GREEDY
     total = len(prompts)
     own = decode.plain(engine, tracked(prompts, "plain", total, "prompts"), limits, rule, record=settings.sweep)
@@ -99,12 +106,12 @@ def _of_first_rank(choice: int, device: torch.device) -> int:
     return int(chosen)
 
 
-def _fitting(drafting: Drafting) -> list[Shape]:
-    """Those of the search that the draft's vocabulary has room for."""
-    return [shape for shape in SHAPES if shape.top_k <= len(drafting.kept_D)]
+def shapes_of(settings: BenchmarkSettings, shape: Shape, draft_vocab_size: int) -> list[Shape]:
+    """What is tried: the one, or of the search's those that the draft's vocabulary has room for."""
+    return [one for one in SHAPES if one.top_k <= draft_vocab_size] if settings.sweep else [shape]
 
 
-def _check_room(
+def check_room(
     settings: BenchmarkSettings, engine: TargetEngine, prompts: Sequence[Sequence[int]], shapes: Sequence[Shape]
 ) -> None:
     """All prompts that are decoded at once have their places in the target's cache, whatever the draft says."""
@@ -116,7 +123,7 @@ def _check_room(
             f"the longest prompt, {settings.max_new_tokens} new tokens and {deepest} drafts are more than the target's "
             f"context of {context}",
             where=f"--max-new-tokens {settings.max_new_tokens}",
-            fix="lower it or --steps, or cut the prompts with --max-length",
+            fix="lower it or --steps, or leave out the longest prompts",
         )
     needed = settings.batch_size * (longest + max(shape.most_tokens for shape in shapes))
     if needed > engine.tokens_per_batch:

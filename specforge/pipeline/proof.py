@@ -27,7 +27,7 @@ from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
-from specforge.pipeline.decoding import decoding, shape_of
+from specforge.pipeline.decoding import check_room, decoding, shape_of, shapes_of
 from specforge.pipeline.shared import SERVED_STEPS, check_lengths, check_target, leave, say_serving, start_engine
 from specforge.records import Example, Ranks, RecordSource, TargetEngine
 from specforge.target import engine as engines
@@ -75,6 +75,9 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     source, prompts, domains = _held_out(settings, store, engine, tokenizer, ranks)
     if asked:
         prompts = [tokenizer.prompt_ids(questions.first_turn(question)) for question in asked]
+    chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
+    if chosen and engine is not None:
+        check_room(settings, engine, chosen, shapes_of(settings, shape, config.draft_vocab_size))
 
     dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
     draft, kept_D = draft_folder.load(settings.draft, dtype)
@@ -102,7 +105,6 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         "questions": settings.questions,
         "teacher_forced": said,
     }
-    chosen = [prompt for prompt in prompts if prompt][: settings.num_prompts]
     if chosen and engine is not None:
         topics = [question.domain for question in asked]
         result |= decoding(settings, engine, drafting, chosen, tokenizer.stop_ids(), topics)

@@ -22,7 +22,7 @@ from specforge.draft import folder as draft_folder
 from specforge.draft.step import DraftStep, StepResult
 from specforge.errors import TrainingError
 from specforge.files import replacing
-from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource
+from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource, sent
 from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
 from specforge.train.optimizer import DraftOptimizer, learning_rate
@@ -109,7 +109,7 @@ def _update(
     settings, state = run.settings, run.state
     run.step.train()
     normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
-    normaliser = normaliser.to(run.ranks.device)
+    normaliser = sent(normaliser, run.ranks.device)
     dist.all_reduce(normaliser)
     results = run.optimizer.accumulate(batches, normaliser)
     following = fetch()
@@ -177,7 +177,7 @@ def _sums(results: Sequence[StepResult], batches: Batches, normaliser: Tensor, s
     tokens = sum(sum(batch.lengths) for batch in batches if batch)
     supervised = sum(len(batch.last) for batch in batches if batch)
     device, rows_i = normaliser.device, torch.stack([result.rows for result in results]).sum(0)
-    known_here = torch.tensor([tokens, supervised, stop, *rows_i.tolist()], dtype=torch.float64).to(device)
+    known_here = sent(torch.tensor([tokens, supervised, stop, *rows_i.tolist()], dtype=torch.float64), device)
     per_step = [torch.stack([getattr(r, name) for r in results]).double().sum(0) for name in ("loss_sum", "hits")]
     sums = torch.cat([known_here, *per_step])
     dist.all_reduce(sums)

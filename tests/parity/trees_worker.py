@@ -28,6 +28,7 @@ from specforge.evaluate.tree import Shape
 from specforge.records import Example, FeatureBatch
 from specforge.target import engine as engines
 from specforge.target import weights
+from specforge.target.sglang.engine import SglangEngine, _Session
 from specforge.train.plain import PlainOptimizer
 from tests import tiny
 from tests.parity.sglang_worker import error
@@ -52,6 +53,7 @@ def main() -> None:
     asked = [example(number, text) for number, text in enumerate(own.texts)]
     records = [record for at in range(0, count, ROWS) for record in engine.capture(asked[at : at + ROWS])]
     head, kept = weights.load_head(info, torch.float32), torch.arange(info.vocab_size)
+    free = watch_the_ends(engine)
     for name, draft in drafts(info, engine, head, kept, records, ranks).items():
         drafting = Drafting(draft=draft, embedding_VH=head.embedding_VH, kept_D=kept, shape=SHAPES["chain"])
         for kind, shape in SHAPES.items():
@@ -64,7 +66,7 @@ def main() -> None:
                     "equal": equal(own, fast),
                     "length": fast.length,
                     "replayed": walk(here, own.texts, at_once)[0].length,
-                    "free": engine._runner.token_to_kv_pool_allocator.available_size(),
+                    "free": free[-1],
                     "seconds": seconds,
                 }
         batch = FeatureBatch.pack(records, ranks.device, torch.float32)
@@ -80,6 +82,18 @@ def equal(own: decode.Decoded, other: decode.Decoded) -> int:
 def example(number: int, text: decode.Text) -> Example:
     ids = np.array([*text.prompt, *text.tokens], dtype=np.int32)
     return Example(sample_id=number, token_ids=ids, loss_mask=np.arange(len(ids)) >= len(text.prompt))
+
+
+def watch_the_ends(engine: SglangEngine) -> list[int]:
+    """Free places of the KV pool at the end of each session, before it gives back what is left."""
+    free, close = list[int](), _Session.close
+
+    def watched(session: _Session) -> None:
+        free.append(engine._runner.token_to_kv_pool_allocator.available_size())
+        close(session)
+
+    _Session.close = watched
+    return free
 
 
 def drafts(info, engine, head, kept, records, ranks) -> dict[str, Eagle3Draft]:

@@ -1,5 +1,6 @@
 """The host waits for the device once in an optimizer step. The device here is torch's `meta`, whose tensors hold no
-values: whatever asks for one raises, so that a wait cannot be overlooked; the one that is meant is counted."""
+values: whatever asks for one raises; the one reading that is meant is counted, and so is every copy to the device that
+does not say that it need not be waited for."""
 
 from __future__ import annotations
 
@@ -51,18 +52,25 @@ def test_rows_planned_on_the_device_are_noticed():
 
 
 class Reads(TorchFunctionMode):
-    """Counts what is read from the device, and says zero for it."""
+    """Counts what is read from the device, and says zero for it; and copies to the device that are waited for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.copies = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         reading = ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy")
         if getattr(function, "__name__", "") in reading and args[0].device == META:
             self.count += 1
             args = (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:])
-        return function(*args, **(kwargs or {}))
+        if (
+            getattr(function, "__name__", "") == "to"
+            and args[0].device != META
+            and META in (*args[1:], *kwargs.values())
+        ):
+            self.copies += not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
 
 
 def test_an_optimizer_step_reads_the_device_once(monkeypatch):
@@ -79,13 +87,14 @@ def test_an_optimizer_step_reads_the_device_once(monkeypatch):
     )
     with Reads() as reads:
         row, following = loop._update(run, [batch, None], 10, stop=False, fetch=lambda: [batch])
-    assert reads.count == 1
+    assert (reads.count, reads.copies) == (1, 0)
     assert following == [batch]
     assert row["applied"]
 
 
-def test_a_second_reading_would_be_counted():
+def test_another_reading_or_copy_would_be_counted():
     with Reads() as reads:
         read(torch.zeros(3, device=META), torch.zeros((), device=META), 1.0)
         float(torch.zeros((), device=META))
-    assert reads.count == 2
+        torch.zeros(3).to(META)
+    assert (reads.count, reads.copies) == (2, 1)

@@ -12,7 +12,7 @@ from specforge.config import BenchmarkSettings
 from specforge.errors import ConfigError
 from specforge.evaluate.figures import figures
 from specforge.evaluate.tree import Shape
-from specforge.pipeline.decoding import _check_room, shape_of
+from specforge.pipeline.decoding import check_room, shape_of
 from specforge.pipeline.proof import _domains, _show
 from specforge.records import Acceptance, Example
 
@@ -72,6 +72,15 @@ def test_the_shape_is_what_was_asked_for():
     assert shape_of(settings(steps=5, top_k=4, draft_tokens=9), 100) == Shape(steps=5, top_k=4, draft_tokens=9)
 
 
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [({"top_k": 100, "steps": 7}, "399 paths"), ({"sweep": True, "top_k": 4}, "chooses these itself")],
+)
+def test_shapes_that_cannot_be_are_refused(given, what):
+    with pytest.raises(ConfigError, match=what):
+        shape_of(settings(**given), 1000)
+
+
 @pytest.mark.parametrize(("room", "batch_size", "fits"), [(2 * 39, 2, True), (2 * 39 - 1, 2, False), (39, 1, True)])
 def test_prompts_at_once_must_have_room_whatever_the_draft_says(room, batch_size, fits):
     """10 tokens, 20 new ones, and for a tree of 5 at most 9: 3 paths of 3 tokens that share two."""
@@ -80,13 +89,13 @@ def test_prompts_at_once_must_have_room_whatever_the_draft_says(room, batch_size
     shapes = [Shape.chain(2), Shape(steps=3, top_k=4, draft_tokens=5)]
     assert shapes[1].most_tokens == 9
     if fits:
-        _check_room(given, engine, [[1] * 10, [1] * 3], shapes)
+        check_room(given, engine, [[1] * 10, [1] * 3], shapes)
     else:
         with pytest.raises(ConfigError, match="room"):
-            _check_room(given, engine, [[1] * 10, [1] * 3], shapes)
+            check_room(given, engine, [[1] * 10, [1] * 3], shapes)
 
 
 def test_drafts_may_not_reach_beyond_the_context():
     engine = SimpleNamespace(tokens_per_batch=1000, info=SimpleNamespace(config={"max_position_embeddings": 32}))
     with pytest.raises(ConfigError, match="context of 32"):
-        _check_room(settings(max_new_tokens=20), engine, [[1] * 10], [Shape.chain(3)])
+        check_room(settings(max_new_tokens=20), engine, [[1] * 10], [Shape.chain(3)])

@@ -307,8 +307,18 @@ class _Session:
         engine._hook.rows = torch.tensor(lengths).cumsum(0) - 1 if only_last else torch.arange(sum(lengths))
         engine._hook.keep_logits = True
         sequences, prefixes = [self._ids[n] + path for n, path in flat], [self._slots[n] for n, _ in flat]
-        batch, _ = engine._extend(sequences, prefixes)
-        engine._hook.keep_logits = False
+        try:
+            batch, _ = engine._extend(sequences, prefixes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"{len(flat)} paths of {sum(lengths)} tokens do not fit into memory: {str(error).splitlines()[0]}",
+                where=engine.info.path,
+                fix="lower --batch-size, --draft-tokens or --mem-frac",
+            ) from error
+        finally:
+            engine._hook.keep_logits = False
         found: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in paths}
         self._passed = {number: [] for number in paths}
         logits = engine._hook.logits.split([1] * len(flat) if only_last else lengths)
