@@ -64,11 +64,8 @@ class Reads(TorchFunctionMode):
         if getattr(function, "__name__", "") in reading and args[0].device == META:
             self.count += 1
             args = (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:])
-        if (
-            getattr(function, "__name__", "") == "to"
-            and args[0].device != META
-            and META in (*args[1:], *kwargs.values())
-        ):
+        given = (*args[1:], *kwargs.values())
+        if getattr(function, "__name__", "") == "to" and args[0].device != META and META in given:
             self.copies += not kwargs.get("non_blocking")
         return function(*args, **kwargs)
 
@@ -85,6 +82,7 @@ def test_an_optimizer_step_reads_the_device_once(monkeypatch):
     run = SimpleNamespace(
         settings=settings, ranks=ranks, step=step, optimizer=PlainOptimizer(step, config, ranks), state=RunState()
     )
+    step(batch, step.loss_rows(batch))  # the rotary embedding's frequencies move once
     with Reads() as reads:
         row, following = loop._update(run, [batch, None], 10, stop=False, fetch=lambda: [batch])
     assert (reads.count, reads.copies) == (1, 0)
