@@ -32,6 +32,7 @@ from specforge.train.tracker import Tracker
 
 NORMS_KEPT, NORMS_NEEDED = 100, 20  # gradient norms that a spike is told by
 SKIPS_ALLOWED = 3  # in a row
+FEW_STEPS = 1000  # on the demo's data 74, 148 and 296 steps gave 1.30, 1.50 and 1.83 (benchmarks/LOG.md)
 Slots = list[list[list[Sequence[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
 
 
@@ -61,6 +62,11 @@ def train(run: Run) -> bool:
     settings, state = run.settings, run.state
     total = len(run.plan(0)) * settings.epochs  # other epochs may pack into a row more or less
     _trim_log(run)
+    if total < FEW_STEPS and settings.rows_per_step > run.ranks.world:
+        say(
+            f"[yellow]note[/] {total} optimizer steps in all are few, and each further one teaches much: lower "
+            "--rows-per-step or --row-tokens, or raise --epochs (docs/training.md)"
+        )
     if state.updates == 0:
         untrained = run.evaluate()
         _log(run, {"epoch": 0, "held_out": untrained.as_json()})

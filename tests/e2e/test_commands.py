@@ -63,6 +63,7 @@ def work(tmp_path_factory) -> Path:
     assert "in sglang" in run(capture("feat"), folder)
     said = run(train("--features", "feat", "--output", "offline"), folder)
     assert "python -m sglang.launch_server --model-path target" in said
+    assert "optimizer steps in all are few" in said
     assert "sizes and rope are right; SGLang's class was not asked: no engine ran" in said
     return folder
 
