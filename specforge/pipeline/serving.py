@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from specforge.errors import ConfigError, EngineError
 from specforge.evaluate import launched, server
 from specforge.evaluate.kinds import side_by_side
 from specforge.evaluate.server import Reply, Server
+from specforge.evaluate.shape import Shape
 from specforge.files import write_json
 from specforge.records import Conversation, Sampling
 
@@ -131,13 +133,10 @@ def _server(settings: BenchmarkSettings) -> Iterator[tuple[str, str | None]]:
 
 def _launch_arguments(settings: BenchmarkSettings) -> list[str]:
     assert settings.model_path
-    tree_tokens = settings.draft_tokens
-    if settings.top_k > 1 and tree_tokens is None:
-        from specforge.evaluate.tree import Shape
-
-        tree_tokens = Shape.default(settings.steps, settings.top_k).draft_tokens
-    draft = str(settings.draft) if settings.draft else None
-    own = launched.arguments(settings.model_path, draft, settings.steps, settings.top_k, tree_tokens)
+    shape = Shape.default(settings.steps, settings.top_k)
+    if settings.draft_tokens:
+        shape = replace(shape, draft_tokens=settings.draft_tokens)
+    own = launched.arguments(settings.model_path, str(settings.draft) if settings.draft else None, shape)
     if settings.tp_size > 1:
         own += ["--tp-size", str(settings.tp_size)]
     if "mem_frac" in settings.model_fields_set:

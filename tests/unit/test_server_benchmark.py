@@ -17,6 +17,7 @@ from specforge import cli
 from specforge.errors import EngineError
 from specforge.evaluate import kinds, launched, server
 from specforge.evaluate.server import Accepted, Reply, Server
+from specforge.evaluate.shape import Shape
 from specforge.records import Conversation, Message, Sampling
 from tests.chat_server import Chat, chatting
 
@@ -85,13 +86,13 @@ def test_kinds_that_disagree_by_more_than_five_percent_are_named(capsys):
 
 
 def test_the_command_line_of_a_server_can_be_copied():
-    given = launched.arguments("org/target", "my runs/best", 3)
+    given = launched.arguments("org/target", "my runs/best", Shape.chain(3))
     assert launched.command_line(given) == (
         "python -m sglang.launch_server --model-path org/target --speculative-algorithm EAGLE3 "
         "--speculative-draft-model-path 'my runs/best' --speculative-num-steps 3 --speculative-eagle-topk 1 "
         "--speculative-num-draft-tokens 4"
     )
-    assert launched.arguments("org/target", None, 3) == ["--model-path", "org/target"]
+    assert launched.arguments("org/target", None, Shape.chain(3)) == ["--model-path", "org/target"]
 
 
 # The client
