@@ -85,6 +85,30 @@ def test_kinds_that_disagree_by_more_than_five_percent_are_named(capsys):
     assert capsys.readouterr().out.count("warning") == 2
 
 
+DRAFTED = {"steps": 3, "top_k": 1, "draft_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("decode", "served", "differ"),
+    [
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": 4}, 2),
+        (DRAFTED, None, 2),  # vLLM does not tell
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": None}, 2),
+        (DRAFTED, {"steps": 3, "topk": 4, "draft_tokens": None}, 0),
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": 2}, 0),
+        (DRAFTED | {"draft_tokens": 2}, {"steps": 3, "topk": 1, "draft_tokens": 4}, 1),
+    ],
+)
+def test_kinds_are_compared_where_they_draft_alike(decode, served, differ):
+    result = {
+        "steps": 3,
+        "teacher_forced": {"walk_length": 1.6},
+        "decode": {"acceptance_length": 1.6} | decode,
+        "served": {"acceptance_length": 1.3, "questions": "builtin", "speculative": served},
+    }
+    assert len(kinds.side_by_side(result)["disagreements"]) == differ
+
+
 def test_the_command_line_of_a_server_can_be_copied():
     given = launched.arguments("org/target", "my runs/best", Shape.chain(3))
     assert launched.command_line(given) == (
