@@ -170,6 +170,33 @@ def test_a_request_that_fails_is_counted_and_the_question_left(fault):
     assert ("it is too warm" in replies[0].failure) == ("status" in fault)
 
 
+TEXT, USAGE = {"choices": [{"delta": {"content": "a"}}]}, {"usage": {"completion_tokens": 3}}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        ([USAGE], "held no text"),
+        ([TEXT, {"usage": ["tokens"]}], "malformed"),
+        ([TEXT, {"usage": {"completion_tokens": "many"}}], "malformed"),
+        ([{"choices": ["a"]}, USAGE], "malformed"),
+        ([{"choices": 1}, USAGE], "malformed"),
+        ([{"choices": [{"delta": {"content": 1}}]}, USAGE], "malformed"),
+        ([TEXT, {"sglext": [1]}, USAGE], "malformed"),
+    ],
+)
+def test_a_stream_that_is_no_answer_is_a_failed_request(chunks, words):
+    with chatting(Chat(kind="sglang", chunks=chunks)) as chat:
+        [reply] = asked(chat, question("one"))
+    assert words in reply.failure
+
+
+def test_an_answer_of_fewer_tokens_than_passes_has_no_drafts():
+    with chatting(Chat(kind="sglang", tokens=5, passes=6)) as chat:
+        [reply] = asked(chat, question("one"))
+    assert reply.accepted == Accepted(drafts=0, passes=6)
+
+
 def test_a_connection_that_is_lost_keeps_what_was_answered():
     with chatting(Chat(dies_after=2)) as chat:
         replies = list[Reply]()
