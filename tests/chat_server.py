@@ -89,8 +89,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/flush_cache":
-            return self.reply(200, "Cache flushed.")
+        if self.path.partition("?")[0] == "/flush_cache":
+            self.chat.flushed += 1
+            if self.chat.flushed == self.chat.dies_at_flush:
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            return self.reply(self.chat.flush_status, "Cache flushed." if self.chat.flush_status == 200 else "busy")
         request, chat = json.loads(content), self.chat
         with chat.lock:
             chat.requests.append(request)

@@ -4,8 +4,10 @@ SGLang's and vLLM's words (tests/chat_server.py). Real SGLang servers: tests/e2e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from specforge import cli
+from specforge.config import BenchmarkSettings
 from specforge.errors import EngineError
 from specforge.evaluate import kinds, launched, server
 from specforge.evaluate.server import Accepted, Reply, Server
 from specforge.evaluate.shape import Shape
+from specforge.pipeline import serving
 from specforge.records import Conversation, Message, Sampling
 from tests.chat_server import Chat, chatting
 
@@ -254,6 +258,124 @@ def test_a_server_without_a_draft_is_measured_with_one_warning(kind):
     assert result["served"]["acceptance_length"] is None
     assert result["served"]["acceptance_source"] == "not reported"
     assert all(level["tokens_per_second"] > 0 for level in result["served"]["levels"])
+
+
+# A server of our own, and the part in process
+
+
+def launching(chat: Chat, monkeypatch) -> tuple[int, str, dict]:
+    """(exit code, what was said, result) of --launch at two concurrencies, where `chat` is what starts."""
+    monkeypatch.setattr(launched, "launched", lambda *_: contextlib.nullcontext(chat.url))
+    command = "benchmark --launch --model-path m --output out.json --num-prompts 3 --max-new-tokens 8 --concurrency"
+    found = CliRunner().invoke(cli.app, [*command.split(), "1 2"])
+    return found.exit_code, found.output, json.loads(Path("out.json").read_text())
+
+
+def test_our_own_server_forgets_its_prompts_before_each_level(monkeypatch):
+    with chatting(Chat(kind="sglang")) as chat:
+        code, output, result = launching(chat, monkeypatch)
+    assert code == 0, output
+    assert chat.flushed == len(result["served"]["levels"]) == 2
+
+
+@pytest.mark.parametrize(("fault", "words"), [({"dies_at_flush": 2}, "disconnected"), ({"flush_status": 400}, "busy")])
+def test_our_own_server_that_does_not_forget_ends_the_run(monkeypatch, fault, words):
+    with chatting(Chat(kind="sglang", **fault)) as chat:
+        Path("out.json").write_text("{}")
+        code, output, result = launching(chat, monkeypatch)
+    assert code == 2
+    assert output.count("where:") == 1
+    assert "/flush_cache" in output
+    assert words in output
+    assert result == {} or (result["partial"] is True and len(result["served"]["levels"]) == 1)
+
+
+@pytest.fixture
+def draft() -> Path:
+    folder = Path("draft")
+    folder.mkdir()
+    (folder / "config.json").write_text('{"draft_vocab_size": 100}')
+    Path("data").mkdir()
+    return folder
+
+
+OWN = {"teacher_forced": {"walk_length": 2.4}, "decode": {"acceptance_length": 2.5}, "questions": "builtin"}
+
+
+@pytest.mark.parametrize(("code", "own"), [(0, OWN), (1, OWN), (2, None)])
+def test_what_the_part_in_process_found_is_kept(monkeypatch, draft, code, own):
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        given = json.loads(Path(command[-1]).read_text())
+        assert "server" not in given
+        assert Path(given["output"]).parent == Path("results")
+        if own:
+            Path(given["output"]).write_text(json.dumps(own))
+        return subprocess.CompletedProcess(command, code)
+
+    given = ["--draft", str(draft), "--model-path", "m", "--data", "data", "--output", "results/out.json"]
+    with chatting(Chat(kind="sglang")) as chat:
+        monkeypatch.setattr(subprocess, "run", ran)
+        command = ["benchmark", "--server", chat.url, "--concurrency", "1", "--num-prompts", "2", *given]
+        found = CliRunner().invoke(cli.app, command)
+    assert found.exit_code == code, found.output
+    result = json.loads(Path("results/out.json").read_text())
+    assert result["served"]["acceptance_length"] == pytest.approx(2.5)
+    assert result.get("decode") == (OWN["decode"] if own else None)
+    assert ("partial" in result) == (own is None)
+    assert os.listdir("results") == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--data none", "--data none"),
+        ("--data data --features data", "--features data/test"),
+        ("--data data --draft none", "--draft none"),
+        ("--data data --draft data", "config.json"),
+        ("--data data --steps 2 --draft-tokens 9", "--draft-tokens 9"),
+        ("--data data --top-k 101", "--top-k 101"),
+    ],
+)
+def test_what_the_part_in_process_refuses_is_refused_before_the_server_is_asked(draft, given, named):
+    with chatting(Chat()) as chat:
+        command = ["benchmark", "--server", chat.url, "--model-path", "m", "--draft", str(draft), *given.split()]
+        found = CliRunner().invoke(cli.app, command)
+    assert found.exit_code == 2
+    assert named in found.output
+    assert not chat.requests
+
+
+def test_a_server_is_killed_though_the_wait_for_its_end_is_cut_short(monkeypatch):
+    command = ["bash", "-c", "trap '' TERM; echo ready; sleep 60"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    wait = process.wait
+
+    def cut(seconds: float | None = None) -> int:
+        if seconds is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(process, "wait", cut)
+    with pytest.raises(KeyboardInterrupt):
+        launched._end(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_terminal_that_hangs_up_leaves_a_partial_result():
+    settings = BenchmarkSettings(server="http://127.0.0.1:9", output=Path("out.json"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, serving._kept(settings, {"served": {"levels": [1]}}):
+            signal.raise_signal(signal.SIGHUP)
+        assert ended.value.code == 129
+        assert json.loads(Path("out.json").read_text())["partial"] is True
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        with serving._kept(settings, {}):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_server_alone_needs_no_torch():
