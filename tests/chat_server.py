@@ -29,6 +29,10 @@ class Chat:
     dies_after: int | None = None  # answers, after which every connection is cut in the middle
     status: int = 200  # of every answer
     counts_tokens: bool = True  # whether it honours stream_options.include_usage
+    chunks: list[dict] | None = None  # of every answer, instead of its own
+    dies_at_flush: int | None = None  # the n-th /flush_cache, whose connection is cut
+    flush_status: int = 200
+    flushed: int = 0
     requests: list[dict] = field(default_factory=list)
     most_at_once: int = 0
     url: str = ""
@@ -85,8 +89,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/flush_cache":
-            return self.reply(200, "Cache flushed.")
+        if self.path.partition("?")[0] == "/flush_cache":
+            self.chat.flushed += 1
+            if self.chat.flushed == self.chat.dies_at_flush:
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            return self.reply(self.chat.flush_status, "Cache flushed." if self.chat.flush_status == 200 else "busy")
         request, chat = json.loads(content), self.chat
         with chat.lock:
             chat.requests.append(request)
@@ -108,6 +116,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         chat = self.chat
+        if chat.chunks is not None:
+            for chunk in chat.chunks:
+                self.chunk(chunk)
+            self.write(b"data: [DONE]\n\n")
+            self.wfile.write(b"0\r\n\r\n")
+            return
         self.chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
         for at in range(4):
             time.sleep(chat.pause)

@@ -12,7 +12,8 @@ from torch import Tensor
 from specforge.draft.attention import attend
 from specforge.draft.model import Eagle3Draft
 from specforge.evaluate.rules import Rule
-from specforge.evaluate.tree import Shape, Tree, pruned
+from specforge.evaluate.shape import Shape
+from specforge.evaluate.tree import Tree, pruned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

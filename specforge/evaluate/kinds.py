@@ -27,7 +27,7 @@ def side_by_side(result: Mapping[str, Any]) -> dict[str, Any]:
     apart = [
         (one, two, share)
         for one, two, share in disagreements({title: length for title, length in found.items() if length is not None})
-        if None in (shapes[one], shapes[two]) or shapes[one] == shapes[two]
+        if all(None in pair or pair[0] == pair[1] for pair in zip(shapes[one], shapes[two], strict=True))
     ]
     if is_main_rank():
         _show(found, result)
@@ -39,12 +39,17 @@ def side_by_side(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"kinds": found, "disagreements": [list(pair) for pair in apart]}
 
 
-def _shapes(result: Mapping[str, Any]) -> dict[str, tuple[Any, Any] | None]:
-    """(steps, top-k) of each kind, None where it is not known. The walk's is a chain."""
+def _shapes(result: Mapping[str, Any]) -> dict[str, tuple[int | None, int | None, int | None]]:
+    """(steps, top-k, draft tokens) of each kind, None for what is not known. The walk's is a chain."""
     decoded, served = result.get("decode") or {}, (result.get("served") or {}).get("speculative") or {}
-    walked = (result.get("steps"), 1)
-    shapes = (walked, (decoded.get("steps"), decoded.get("top_k")), (served.get("steps"), served.get("topk")))
-    return {title: None if None in shape else shape for title, shape in zip(KINDS, shapes, strict=True)}
+    steps = result.get("steps")
+    walked = (steps, 1, None if steps is None else steps + 1)
+    shapes = (
+        walked,
+        (decoded.get("steps"), decoded.get("top_k"), decoded.get("draft_tokens")),
+        (served.get("steps"), served.get("topk"), served.get("draft_tokens")),
+    )
+    return dict(zip(KINDS, shapes, strict=True))
 
 
 def disagreements(lengths: Mapping[str, float]) -> list[tuple[str, str, float]]:
@@ -65,9 +70,10 @@ def _show(found: Mapping[str, float | None], result: Mapping[str, Any]) -> None:
     }
     shapes = _shapes(result)
     table = Table("acceptance length", title="side by side", title_justify="left")
-    for name in ("tokens a pass", "text", "steps", "top-k"):
+    for name in ("tokens a pass", "text", "steps", "top-k", "draft tokens"):
         table.add_column(name, justify="right")
     for title, length in found.items():
         if length is not None:
-            table.add_row(title, f"{length:.3f}", escape(texts[title]), *map(str, shapes[title] or "??"))
+            shape = ("?" if part is None else str(part) for part in shapes[title])
+            table.add_row(title, f"{length:.3f}", escape(texts[title]), *shape)
     console.print(table)

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from specforge.console import console, say
 from specforge.errors import EngineError
+from specforge.evaluate.shape import Shape
 
 MODULE = "sglang.launch_server"
 HOST = "127.0.0.1"
@@ -26,19 +27,16 @@ END_LIMIT = 20.0  # seconds that the server has between SIGTERM and SIGKILL
 LOG_LINES = 12  # of a server that died, in the message
 
 
-def arguments(
-    model_path: str, draft: str | None, steps: int, top_k: int = 1, draft_tokens: int | None = None
-) -> list[str]:
-    """SGLang's flags for a target and, where there is one, its EAGLE-3 draft: a chain of `steps` tokens a pass, or a
-    tree, of which `draft_tokens` are verified, the newest token of the text among them."""
+def arguments(model_path: str, draft: str | None, shape: Shape) -> list[str]:
+    """SGLang's flags for a target and, where there is one, its EAGLE-3 draft."""
     own = ["--model-path", model_path]
     if draft is None:
         return own
     return [
         *own,
         *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", draft),
-        *("--speculative-num-steps", str(steps), "--speculative-eagle-topk", str(top_k)),
-        *("--speculative-num-draft-tokens", str(draft_tokens or steps + 1)),
+        *("--speculative-num-steps", str(shape.steps), "--speculative-eagle-topk", str(shape.top_k)),
+        *("--speculative-num-draft-tokens", str(shape.draft_tokens)),
     ]
 
 
@@ -101,13 +99,15 @@ def _last_lines(log: Path) -> list[str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The whole process group: SIGTERM, then SIGKILL for what is left of it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(END_LIMIT)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_LIMIT)
+    finally:  # also where a second Ctrl-C ends the wait
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _free_port() -> int:

@@ -21,7 +21,8 @@ import torch
 from specforge.evaluate.decode import GREEDY, Decoded, Limits, Live, Standing, Text, decode
 from specforge.evaluate.drafter import Drafter, Drafting
 from specforge.evaluate.rules import Rule
-from specforge.evaluate.tree import Shape, Tree, root_only
+from specforge.evaluate.shape import Shape
+from specforge.evaluate.tree import Tree, root_only
 from specforge.records import TargetEngine
 
 REPEATS = 9  # timed passes of each shape; the median counts

@@ -200,21 +200,26 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
                 continue
             if "error" in chunk:
                 raise _RefusedError(" ".join(str(chunk["error"]).split())[:200])
-            for choice in chunk.get("choices") or ():
-                delta, last = choice.get("delta") or {}, time.perf_counter()
-                if delta.get("content") or delta.get("reasoning_content") or delta.get("tool_calls"):
-                    first = first or last
-                text += delta.get("content") or ""
-            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            passes = _passes(chunk) or passes
+            try:
+                for choice in chunk.get("choices") or ():
+                    delta, last = choice.get("delta") or {}, time.perf_counter()
+                    if delta.get("content") or delta.get("reasoning_content") or delta.get("tool_calls"):
+                        first = first or last
+                    text += delta.get("content") or ""
+                tokens = _tokens(chunk, tokens)
+                passes = _passes(chunk) or passes
+            except (AttributeError, TypeError, ValueError) as error:
+                raise _RefusedError(f"a part of the stream is malformed: {line[:80]}") from error
     if tokens is None:
         raise _RefusedError("the stream told no number of tokens (stream_options.include_usage)")
+    if not last:
+        raise _RefusedError("the stream held no text")
     reply = Reply(
         domain=domain,
-        tokens=int(tokens),
+        tokens=tokens,
         first=(first or last) - began,
         seconds=last - began,
-        accepted=Accepted(drafts=int(tokens) - 1 - passes, passes=passes) if passes else None,
+        accepted=Accepted(drafts=max(0, tokens - 1 - passes), passes=passes) if passes else None,
     )
     return reply, text
 
@@ -230,6 +235,11 @@ def _chunk(line: str) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise _RefusedError(f"the stream is no stream of JSON objects: {line[:80]}")
     return found
+
+
+def _tokens(chunk: Mapping[str, Any], before: int | None) -> int | None:
+    found = (chunk.get("usage") or {}).get("completion_tokens")
+    return before if found is None else int(found)
 
 
 def _passes(chunk: Mapping[str, Any]) -> int:

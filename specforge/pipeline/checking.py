@@ -22,6 +22,7 @@ from specforge.draft.model import Eagle3Draft
 from specforge.errors import ConfigError
 from specforge.evaluate.acceptance import surprise, teacher_forced
 from specforge.evaluate.agreement import Agreement, agreement
+from specforge.evaluate.shape import Shape
 from specforge.features.store import Store
 from specforge.pipeline.shared import SERVED_STEPS, check_lengths, check_target, leave, say_serving, start_engine
 from specforge.records import HARDLY, Acceptance, Example, FeatureBatch, FeatureRecord, Ranks, TargetEngine, TargetInfo
@@ -376,5 +377,5 @@ def _end(report: Report, settings: CheckSettings) -> int | None:
     if any(verdict == "not done" for _, verdict, _ in report.rows):
         say("no fault in what was checked; rows marked 'not done' were not")
     else:
-        say_serving(settings.folder, settings.model_path, min(settings.steps, SERVED_STEPS))
+        say_serving(settings.folder, settings.model_path, Shape.chain(min(settings.steps, SERVED_STEPS)))
     return None

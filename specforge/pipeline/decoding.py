@@ -18,7 +18,7 @@ from specforge.evaluate.decode import Decoded, Limits, Text
 from specforge.evaluate.drafter import Drafting
 from specforge.evaluate.replay import SHAPES, Expected, sweep
 from specforge.evaluate.rules import Drawn
-from specforge.evaluate.tree import Shape
+from specforge.evaluate.shape import Shape
 from specforge.records import MAX_EXAMPLES, TargetEngine
 
 

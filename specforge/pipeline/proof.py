@@ -23,6 +23,7 @@ from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.drafter import Drafting
 from specforge.evaluate.figures import figures
 from specforge.evaluate.kinds import side_by_side
+from specforge.evaluate.shape import Shape
 from specforge.features.packing import pack_rows
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
@@ -114,8 +115,9 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     if not result.get("decode", {}).get("greedy_lossless", True):
         say("[bold red]the decoded text differs from plain greedy decoding[/]: please report this")
         return 1
-    best = result.get("best") or {"steps": min(settings.steps, SERVED_STEPS)}
-    say_serving(settings.draft, settings.model_path, **{name: best[name] for name in SHAPE if name in best})
+    best = result.get("best")
+    served = Shape(**{name: best[name] for name in SHAPE}) if best else Shape.chain(min(settings.steps, SERVED_STEPS))
+    say_serving(settings.draft, settings.model_path, served)
     leave(ranks)
     return None
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from rich.table import Table
 from specforge.config import BenchmarkSettings, flags
 from specforge.console import advance, console, progress, say
 from specforge.data import questions
-from specforge.endpoint import model_name, root, unusable
-from specforge.errors import ConfigError, EngineError
+from specforge.endpoint import model_name, root, unusable, words_of
+from specforge.errors import CheckpointError, ConfigError, EngineError
 from specforge.evaluate import launched, server
 from specforge.evaluate.kinds import side_by_side
 from specforge.evaluate.server import Reply, Server
+from specforge.evaluate.shape import Shape
 from specforge.files import write_json
 from specforge.records import Conversation, Sampling
 
@@ -39,6 +41,7 @@ SERVER_ONLY = {"server", "launch", "launch_args", "concurrency"}
 HEARD = {"model_path", "output", "num_prompts", "questions", "max_new_tokens", "temperature", "seed"} | SERVER_ONLY
 LAUNCHED_WITH = {"draft", "steps", "top_k", "draft_tokens", "tp_size", "mem_frac", "dtype", "trust_remote_code"}
 NOT_REPORTED = "not reported"
+FLUSH_LIMIT = 30.0  # seconds
 
 
 def benchmark(settings: BenchmarkSettings) -> int | None:
@@ -54,14 +57,16 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         "target": settings.model_path or "",
         "steps": settings.steps,
     }
+    code = None
     with _kept(settings, result):
         with _server(settings) as (url, command):
             result["served"] = {"questions": name, "command": command}
             _measure(settings, url, asked, result["served"])
         if _in_process(settings):
-            result |= _own_part(settings, name) | result  # the keys that both have are the server's
+            own, code = _own_part(settings, name)
+            result |= own | result  # the keys that both have are the server's
             result |= side_by_side(result)
-    return None
+    return code
 
 
 def _check(settings: BenchmarkSettings) -> None:
@@ -94,6 +99,36 @@ def _check(settings: BenchmarkSettings) -> None:
     if _in_process(settings) and not (settings.draft and settings.model_path):
         fix = "give --draft and --model-path, too, or leave the text out to measure the server alone"
         refuse("held-out text is given, and no draft or target to measure on it", "--data, --features", fix)
+    try:
+        shlex.split(settings.launch_args)
+    except ValueError as error:
+        why = str(error).lower()
+        refuse(
+            f"the arguments cannot be split: {why}", f"--launch-args {settings.launch_args}", "quote them as in a shell"
+        )
+    if _in_process(settings):
+        _check_own_part(settings)
+
+
+def _check_own_part(settings: BenchmarkSettings) -> None:
+    """What the part in process would refuse only after the server was measured."""
+    store = settings.features / "test" if settings.features else None
+    for name, path in (("draft", settings.draft), ("data", settings.data), ("features", store)):
+        if path is not None and not path.exists():
+            raise ConfigError("there is nothing at that path", where=f"--{name} {path}", fix="give one that exists")
+    assert settings.draft is not None
+    from specforge.pipeline.decoding import shape_of
+
+    try:
+        config = json.loads((settings.draft / "config.json").read_text(encoding="utf-8"))
+        vocab_size = int(config["draft_vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"the draft's config.json cannot be read, or names no draft_vocab_size: {error}",
+            where=str(settings.draft),
+            fix="give a folder that `specforge train` wrote, such as runs/draft/best",
+        ) from error
+    shape_of(settings, vocab_size)
 
 
 def _in_process(settings: BenchmarkSettings) -> bool:
@@ -102,8 +137,11 @@ def _in_process(settings: BenchmarkSettings) -> bool:
 
 @contextmanager
 def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]:
-    """Writes the result at the end of the block, marked as partial where that is an error, Ctrl-C or SIGTERM."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """Writes the result at the end of the block, marked as partial where that is an error, Ctrl-C or another signal."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, lambda which, _: sys.exit(128 + which))
     try:
         yield
     except BaseException:
@@ -112,7 +150,8 @@ def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]
             say(f"what was measured until then is in {escape(str(settings.output))}, marked as partial")
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if settings.output:
         write_json(settings.output, result)
 
@@ -131,13 +170,10 @@ def _server(settings: BenchmarkSettings) -> Iterator[tuple[str, str | None]]:
 
 def _launch_arguments(settings: BenchmarkSettings) -> list[str]:
     assert settings.model_path
-    tree_tokens = settings.draft_tokens
-    if settings.top_k > 1 and tree_tokens is None:
-        from specforge.evaluate.tree import Shape
-
-        tree_tokens = Shape.default(settings.steps, settings.top_k).draft_tokens
-    draft = str(settings.draft) if settings.draft else None
-    own = launched.arguments(settings.model_path, draft, settings.steps, settings.top_k, tree_tokens)
+    shape = Shape.default(settings.steps, settings.top_k)
+    if settings.draft_tokens:
+        shape = replace(shape, draft_tokens=settings.draft_tokens)
+    own = launched.arguments(settings.model_path, str(settings.draft) if settings.draft else None, shape)
     if settings.tp_size > 1:
         own += ["--tp-size", str(settings.tp_size)]
     if "mem_frac" in settings.model_fields_set:
@@ -214,8 +250,16 @@ def _run(settings: BenchmarkSettings, found: Server, asked: list[Conversation], 
 
 def _forget_prompts(settings: BenchmarkSettings, found: Server) -> None:
     """Of our own server: a prompt that it still knows from the run before would have its first token too soon."""
-    if settings.launch:
-        httpx.post(f"{root(found.url)}/flush_cache", timeout=30)
+    if not settings.launch:
+        return
+    try:  # SGLang waits so many seconds until it is idle; else it refuses
+        response = httpx.post(
+            f"{root(found.url)}/flush_cache", params={"timeout": FLUSH_LIMIT}, timeout=2 * FLUSH_LIMIT
+        )
+    except httpx.HTTPError as error:
+        raise unusable(found.url, f"POST /flush_cache: {str(error) or type(error).__name__}") from error
+    if not response.is_success:
+        raise unusable(found.url, f"POST /flush_cache gives {words_of(response)}")
 
 
 def _acceptance(found: Server, pooled: server.Accepted, replies: list[Reply]) -> dict[str, Any]:
@@ -260,19 +304,25 @@ def _milliseconds(times: Mapping[str, float] | None) -> str:
     return " / ".join(f"{1000 * value:,.1f}" for value in times.values()) if times else "-"
 
 
-def _own_part(settings: BenchmarkSettings, name: str) -> dict[str, Any]:
-    """The same benchmark in process, on the same questions, as a command of its own."""
+def _own_part(settings: BenchmarkSettings, name: str) -> tuple[dict[str, Any], int]:
+    """(result, exit code) of the same benchmark in process, on the same questions, as a command of its own: code
+    1 where the text was not that of plain decoding. Its log stays beside --output."""
     own = settings.model_dump(mode="json", include=settings.model_fields_set - SERVER_ONLY - {"output"})
     with tempfile.TemporaryDirectory() as folder:
-        given, output = Path(folder) / "settings.yaml", Path(folder) / "benchmark.json"
-        write_json(given, own | {"questions": name, "output": str(output)})
-        code = subprocess.run(
-            [sys.executable, "-m", "specforge.cli", "benchmark", "--config", str(given)], check=False
-        ).returncode
-        if code:
-            raise EngineError(
-                f"the part in process ended with code {code}",
-                where="--data, --features",
-                fix="its own message stands above; without them only the server is measured",
-            )
-        return dict(json.loads(output.read_text(encoding="utf-8")))
+        place = settings.output or Path(folder) / "benchmark.json"
+        given, output = (place.with_name(f".{place.name}.{os.getpid()}.{kind}") for kind in ("given", "found"))
+        try:
+            write_json(given, own | {"questions": name, "output": str(output)})
+            code = subprocess.run(
+                [sys.executable, "-m", "specforge.cli", "benchmark", "--config", str(given)], check=False
+            ).returncode
+            if output.exists():
+                return dict(json.loads(output.read_text(encoding="utf-8"))), code
+        finally:
+            given.unlink(missing_ok=True)
+            output.unlink(missing_ok=True)
+    raise EngineError(
+        f"the part in process ended with code {code}, and no result",
+        where="--data, --features",
+        fix="its own message stands above; without them only the server is measured",
+    )

@@ -15,6 +15,7 @@ from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, StoreError
 from specforge.evaluate.launched import arguments, command_line
+from specforge.evaluate.shape import Shape
 from specforge.features.codec import codec_for
 from specforge.features.index import Manifest
 from specforge.features.store import Store
@@ -73,9 +74,9 @@ def check_target(store: Store, info: TargetInfo) -> None:
 SERVED_STEPS = 3  # of a chain, where nothing was measured: what usually pays
 
 
-def say_serving(draft: Path, model_path: str, steps: int, top_k: int = 1, draft_tokens: int | None = None) -> None:
+def say_serving(draft: Path, model_path: str, shape: Shape) -> None:
     say(f"draft: {draft}")
-    say(f"serve it: {command_line(arguments(model_path, str(draft), steps, top_k, draft_tokens))}")
+    say(f"serve it: {command_line(arguments(model_path, str(draft), shape))}")
 
 
 def manifest_of(

@@ -24,6 +24,7 @@ from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
 from specforge.errors import ConfigError, StoreError
 from specforge.evaluate.acceptance import teacher_forced
+from specforge.evaluate.shape import Shape
 from specforge.features.hybrid import HybridSource
 from specforge.features.index import existing, refuse_busy
 from specforge.features.packing import pack_rows, share_out
@@ -221,7 +222,7 @@ def _train(
     records = [record for found in sources["test"].batches([few * ranks.tp_size]) for record in found] if few else []
     passed = after_training(settings.output / "best", info, tokenizer, engine, records, ranks)
     if passed:
-        say_serving(settings.output / "best", info.path, min(settings.steps, SERVED_STEPS))
+        say_serving(settings.output / "best", info.path, Shape.chain(min(settings.steps, SERVED_STEPS)))
     leave(ranks)
     return None if passed else 2
 

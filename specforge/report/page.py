@@ -30,6 +30,7 @@ from specforge.report.runs import Decode, Measured, Run, Served
 
 STILL_RISING = 0.01  # share that the last epoch brought
 NONE = "–"
+DRAWN = "the text was drawn, so not compared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ def _at_once(decode: Decode) -> str:
 
 
 def _lossless(decode: Decode) -> str:
+    if decode.greedy_lossless is None:
+        return DRAWN
     if not decode.greedy_lossless:
         return f"the text DIFFERS on {decode.apart_otherwise} prompts"
     ties = (
@@ -172,10 +175,11 @@ def _calibration(runs: Sequence[Run]) -> list[Chart | Bars]:
 
 
 def _decoding(runs: Sequence[Run]) -> list[Chart | Bars]:
-    speeds, lengths = [], []
+    speeds, lengths, greedy = [], [], True
     for style, run in enumerate(runs):
         decode = run.benchmark.decode if run.benchmark else None
         if decode:
+            greedy = greedy and decode.greedy_lossless is not None
             before, after, length = decode.plain_tokens_per_second, decode.tokens_per_second, decode.acceptance_length
             speeds.append((f"{_short(run.name)}, plain", [Segment(value=before, style=None, text=plain(before))]))
             speeds.append(
@@ -184,7 +188,7 @@ def _decoding(runs: Sequence[Run]) -> list[Chart | Bars]:
             lengths.append((_short(run.name), [Segment(value=length, style=style, text=f"{length:.2f}")]))
     if not speeds:
         return []
-    note = "In process, greedy. A server's throughput is another matter."
+    note = f"In process{', greedy' if greedy else ''}. A server's throughput is another matter."
     return [
         Bars(title="Tokens per second", rows=speeds, note=note),
         Bars(title="Acceptance length, tokens a pass of the target", rows=lengths),
@@ -291,9 +295,13 @@ def _overview(runs: Sequence[Run]) -> list[Row]:
         "decoding: acceptance length": _decoded(lambda found: f"{found.acceptance_length:.3f}"),
         "decoding: tokens per second, plain": _decoded(lambda found: plain(found.plain_tokens_per_second)),
         "decoding: tokens per second, draft": _decoded(lambda found: plain(found.tokens_per_second)),
-        "decoding: lossless": _decoded(lambda found: "yes" if found.greedy_lossless else "NO"),
+        "decoding: lossless": _decoded(lambda found: {None: DRAWN, True: "yes", False: "NO"}[found.greedy_lossless]),
         "decoding: equal, near-tie, otherwise apart": _decoded(
-            lambda found: f"{found.equal}, {found.apart_at_near_tie}, {found.apart_otherwise} prompts"
+            lambda found: (
+                None
+                if found.greedy_lossless is None
+                else f"{found.equal}, {found.apart_at_near_tie}, {found.apart_otherwise} prompts"
+            )
         ),
         "decoding: engine, dtype": _decoded(lambda found: f"{found.engine}, {found.dtype}"),
         "server: acceptance length": _served(
@@ -324,7 +332,7 @@ def _speed(run: Run) -> str | None:
     return f"{statistics.median(speeds):,.0f}" if speeds else None
 
 
-def _decoded(text: Callable[[Decode], str]) -> Callable[[Run], str | None]:
+def _decoded(text: Callable[[Decode], str | None]) -> Callable[[Run], str | None]:
     return lambda run: text(run.benchmark.decode) if run.benchmark and run.benchmark.decode else None
 
 

@@ -72,7 +72,7 @@ class Decode(BaseModel):
     """Real speculative decoding beside plain decoding."""
 
     acceptance_length: FiniteFloat
-    greedy_lossless: bool
+    greedy_lossless: bool | None = None  # None: drawn, so not compared
     tokens_per_second: FiniteFloat
     plain_tokens_per_second: FiniteFloat
     engine: str = ""

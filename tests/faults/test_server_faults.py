@@ -123,6 +123,7 @@ def test_questions_that_are_none():
         ("--server U --tp-size 2", "--tp-size"),
         ("--server U --steps 3 --chat-template llama3", "--chat-template, --steps"),
         ("--launch --model-path t --engine hf", "--engine"),
+        ("--launch --model-path t --launch-args 'a", "--launch-args"),
         ("--server U --data x", "--data"),
         ("--server U --num-prompts 0", "--num-prompts"),
         ("--server U --concurrency 0", "--concurrency"),

@@ -24,7 +24,7 @@ from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.decode import Limits
 from specforge.evaluate.drafter import Drafting
 from specforge.evaluate.replay import walk
-from specforge.evaluate.tree import Shape
+from specforge.evaluate.shape import Shape
 from specforge.records import Example, FeatureBatch
 from specforge.target import engine as engines
 from specforge.target import weights

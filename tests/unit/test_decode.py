@@ -13,7 +13,7 @@ from specforge.evaluate.decode import Limits, Text, plain, speculative
 from specforge.evaluate.drafter import Drafting
 from specforge.evaluate.replay import SHAPES, sweep, walk
 from specforge.evaluate.rules import Drawn
-from specforge.evaluate.tree import Shape
+from specforge.evaluate.shape import Shape
 from specforge.records import Ranks
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine

@@ -13,7 +13,7 @@ from specforge.evaluate.acceptance import binned, confident_guesses, guesses, te
 from specforge.evaluate.decode import GREEDY, Text, compare, is_near_tie
 from specforge.evaluate.drafter import Drafter, Drafting
 from specforge.evaluate.figures import MAX_DOMAINS, by_domain, calibration, calibration_error, figures, intervals
-from specforge.evaluate.tree import Shape
+from specforge.evaluate.shape import Shape
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord
 from tests.unit.test_draft_step import CONFIG, STEPS, H, V, make
 

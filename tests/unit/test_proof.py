@@ -11,7 +11,7 @@ from specforge import console
 from specforge.config import BenchmarkSettings
 from specforge.errors import ConfigError
 from specforge.evaluate.figures import figures
-from specforge.evaluate.tree import Shape
+from specforge.evaluate.shape import Shape
 from specforge.pipeline.decoding import check_room, shape_of
 from specforge.pipeline.proof import _domains, _show
 from specforge.records import Acceptance, Example

@@ -266,6 +266,19 @@ def test_a_demo_folder(tmp_path):
     assert "50 % faster than plain decoding" in page.text
 
 
+def test_a_benchmark_of_drawn_text_is_compared_with_nothing(tmp_path):
+    path = benchmark(tmp_path / "drawn.json")
+    content = json.loads(path.read_text())
+    for key in ("greedy_lossless", "equal", "apart_at_near_tie", "apart_otherwise"):
+        del content["decode"][key]
+    path.write_text(json.dumps(content))
+    page = made(tmp_path, path)
+    assert page.rows("overview")["decoding: lossless"] == ["the text was drawn, so not compared"]
+    assert "decoding: equal, near-tie, otherwise apart" not in page.rows("overview")
+    assert "In process. A server" in page.text
+    assert "greedy" not in page.text
+
+
 def test_which_benchmark_belongs_to_a_run(tmp_path):
     """Its own before the one above, and that one only where it is of this run's best draft."""
     folder = training(tmp_path / "runs" / "llama")

@@ -17,7 +17,8 @@ from specforge.evaluate import decode, rules
 from specforge.evaluate.decode import Limits
 from specforge.evaluate.drafter import Drafter, Drafting
 from specforge.evaluate.rules import Drawn
-from specforge.evaluate.tree import Shape, Tree, Verdict, root_only
+from specforge.evaluate.shape import Shape
+from specforge.evaluate.tree import Tree, Verdict, root_only
 from specforge.records import Ranks
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine

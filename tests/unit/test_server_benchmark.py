@@ -4,8 +4,10 @@ SGLang's and vLLM's words (tests/chat_server.py). Real SGLang servers: tests/e2e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from specforge import cli
+from specforge.config import BenchmarkSettings
 from specforge.errors import EngineError
 from specforge.evaluate import kinds, launched, server
 from specforge.evaluate.server import Accepted, Reply, Server
+from specforge.evaluate.shape import Shape
+from specforge.pipeline import serving
 from specforge.records import Conversation, Message, Sampling
 from tests.chat_server import Chat, chatting
 
@@ -84,14 +89,38 @@ def test_kinds_that_disagree_by_more_than_five_percent_are_named(capsys):
     assert capsys.readouterr().out.count("warning") == 2
 
 
+DRAFTED = {"steps": 3, "top_k": 1, "draft_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("decode", "served", "differ"),
+    [
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": 4}, 2),
+        (DRAFTED, None, 2),  # vLLM does not tell
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": None}, 2),
+        (DRAFTED, {"steps": 3, "topk": 4, "draft_tokens": None}, 0),
+        (DRAFTED, {"steps": 3, "topk": 1, "draft_tokens": 2}, 0),
+        (DRAFTED | {"draft_tokens": 2}, {"steps": 3, "topk": 1, "draft_tokens": 4}, 1),
+    ],
+)
+def test_kinds_are_compared_where_they_draft_alike(decode, served, differ):
+    result = {
+        "steps": 3,
+        "teacher_forced": {"walk_length": 1.6},
+        "decode": {"acceptance_length": 1.6} | decode,
+        "served": {"acceptance_length": 1.3, "questions": "builtin", "speculative": served},
+    }
+    assert len(kinds.side_by_side(result)["disagreements"]) == differ
+
+
 def test_the_command_line_of_a_server_can_be_copied():
-    given = launched.arguments("org/target", "my runs/best", 3)
+    given = launched.arguments("org/target", "my runs/best", Shape.chain(3))
     assert launched.command_line(given) == (
         "python -m sglang.launch_server --model-path org/target --speculative-algorithm EAGLE3 "
         "--speculative-draft-model-path 'my runs/best' --speculative-num-steps 3 --speculative-eagle-topk 1 "
         "--speculative-num-draft-tokens 4"
     )
-    assert launched.arguments("org/target", None, 3) == ["--model-path", "org/target"]
+    assert launched.arguments("org/target", None, Shape.chain(3)) == ["--model-path", "org/target"]
 
 
 # The client
@@ -143,6 +172,33 @@ def test_a_request_that_fails_is_counted_and_the_question_left(fault):
         replies = asked(chat, question("one", "two"), question("three"))
     assert [bool(reply.failure) for reply in replies] == [True, True]
     assert ("it is too warm" in replies[0].failure) == ("status" in fault)
+
+
+TEXT, USAGE = {"choices": [{"delta": {"content": "a"}}]}, {"usage": {"completion_tokens": 3}}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        ([USAGE], "held no text"),
+        ([TEXT, {"usage": ["tokens"]}], "malformed"),
+        ([TEXT, {"usage": {"completion_tokens": "many"}}], "malformed"),
+        ([{"choices": ["a"]}, USAGE], "malformed"),
+        ([{"choices": 1}, USAGE], "malformed"),
+        ([{"choices": [{"delta": {"content": 1}}]}, USAGE], "malformed"),
+        ([TEXT, {"sglext": [1]}, USAGE], "malformed"),
+    ],
+)
+def test_a_stream_that_is_no_answer_is_a_failed_request(chunks, words):
+    with chatting(Chat(kind="sglang", chunks=chunks)) as chat:
+        [reply] = asked(chat, question("one"))
+    assert words in reply.failure
+
+
+def test_an_answer_of_fewer_tokens_than_passes_has_no_drafts():
+    with chatting(Chat(kind="sglang", tokens=5, passes=6)) as chat:
+        [reply] = asked(chat, question("one"))
+    assert reply.accepted == Accepted(drafts=0, passes=6)
 
 
 def test_a_connection_that_is_lost_keeps_what_was_answered():
@@ -202,6 +258,124 @@ def test_a_server_without_a_draft_is_measured_with_one_warning(kind):
     assert result["served"]["acceptance_length"] is None
     assert result["served"]["acceptance_source"] == "not reported"
     assert all(level["tokens_per_second"] > 0 for level in result["served"]["levels"])
+
+
+# A server of our own, and the part in process
+
+
+def launching(chat: Chat, monkeypatch) -> tuple[int, str, dict]:
+    """(exit code, what was said, result) of --launch at two concurrencies, where `chat` is what starts."""
+    monkeypatch.setattr(launched, "launched", lambda *_: contextlib.nullcontext(chat.url))
+    command = "benchmark --launch --model-path m --output out.json --num-prompts 3 --max-new-tokens 8 --concurrency"
+    found = CliRunner().invoke(cli.app, [*command.split(), "1 2"])
+    return found.exit_code, found.output, json.loads(Path("out.json").read_text())
+
+
+def test_our_own_server_forgets_its_prompts_before_each_level(monkeypatch):
+    with chatting(Chat(kind="sglang")) as chat:
+        code, output, result = launching(chat, monkeypatch)
+    assert code == 0, output
+    assert chat.flushed == len(result["served"]["levels"]) == 2
+
+
+@pytest.mark.parametrize(("fault", "words"), [({"dies_at_flush": 2}, "disconnected"), ({"flush_status": 400}, "busy")])
+def test_our_own_server_that_does_not_forget_ends_the_run(monkeypatch, fault, words):
+    with chatting(Chat(kind="sglang", **fault)) as chat:
+        Path("out.json").write_text("{}")
+        code, output, result = launching(chat, monkeypatch)
+    assert code == 2
+    assert output.count("where:") == 1
+    assert "/flush_cache" in output
+    assert words in output
+    assert result == {} or (result["partial"] is True and len(result["served"]["levels"]) == 1)
+
+
+@pytest.fixture
+def draft() -> Path:
+    folder = Path("draft")
+    folder.mkdir()
+    (folder / "config.json").write_text('{"draft_vocab_size": 100}')
+    Path("data").mkdir()
+    return folder
+
+
+OWN = {"teacher_forced": {"walk_length": 2.4}, "decode": {"acceptance_length": 2.5}, "questions": "builtin"}
+
+
+@pytest.mark.parametrize(("code", "own"), [(0, OWN), (1, OWN), (2, None)])
+def test_what_the_part_in_process_found_is_kept(monkeypatch, draft, code, own):
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        given = json.loads(Path(command[-1]).read_text())
+        assert "server" not in given
+        assert Path(given["output"]).parent == Path("results")
+        if own:
+            Path(given["output"]).write_text(json.dumps(own))
+        return subprocess.CompletedProcess(command, code)
+
+    given = ["--draft", str(draft), "--model-path", "m", "--data", "data", "--output", "results/out.json"]
+    with chatting(Chat(kind="sglang")) as chat:
+        monkeypatch.setattr(subprocess, "run", ran)
+        command = ["benchmark", "--server", chat.url, "--concurrency", "1", "--num-prompts", "2", *given]
+        found = CliRunner().invoke(cli.app, command)
+    assert found.exit_code == code, found.output
+    result = json.loads(Path("results/out.json").read_text())
+    assert result["served"]["acceptance_length"] == pytest.approx(2.5)
+    assert result.get("decode") == (OWN["decode"] if own else None)
+    assert ("partial" in result) == (own is None)
+    assert os.listdir("results") == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--data none", "--data none"),
+        ("--data data --features data", "--features data/test"),
+        ("--data data --draft none", "--draft none"),
+        ("--data data --draft data", "config.json"),
+        ("--data data --steps 2 --draft-tokens 9", "--draft-tokens 9"),
+        ("--data data --top-k 101", "--top-k 101"),
+    ],
+)
+def test_what_the_part_in_process_refuses_is_refused_before_the_server_is_asked(draft, given, named):
+    with chatting(Chat()) as chat:
+        command = ["benchmark", "--server", chat.url, "--model-path", "m", "--draft", str(draft), *given.split()]
+        found = CliRunner().invoke(cli.app, command)
+    assert found.exit_code == 2
+    assert named in found.output
+    assert not chat.requests
+
+
+def test_a_server_is_killed_though_the_wait_for_its_end_is_cut_short(monkeypatch):
+    command = ["bash", "-c", "trap '' TERM; echo ready; sleep 60"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    wait = process.wait
+
+    def cut(seconds: float | None = None) -> int:
+        if seconds is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(process, "wait", cut)
+    with pytest.raises(KeyboardInterrupt):
+        launched._end(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_terminal_that_hangs_up_leaves_a_partial_result():
+    settings = BenchmarkSettings(server="http://127.0.0.1:9", output=Path("out.json"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, serving._kept(settings, {"served": {"levels": [1]}}):
+            signal.raise_signal(signal.SIGHUP)
+        assert ended.value.code == 129
+        assert json.loads(Path("out.json").read_text())["partial"] is True
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        with serving._kept(settings, {}):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_server_alone_needs_no_torch():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from specforge.evaluate import drafter as drafters
 from specforge.evaluate.decode import GREEDY
 from specforge.evaluate.drafter import Drafter, Drafting
-from specforge.evaluate.tree import Shape, Tree, best_nodes, by_node, pruned
+from specforge.evaluate.shape import Shape
+from specforge.evaluate.tree import Tree, best_nodes, by_node, pruned
 from tests.unit.test_draft_step import CONFIG, H, V, make
 
 ADVANCE = drafters._Steps.advance
