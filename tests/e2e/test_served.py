@@ -83,6 +83,7 @@ def test_a_plain_server_is_started_measured_and_ended(work):
             assert 0 < times["p50"] <= times["p90"] <= times["p99"] < level["seconds"]
 
 
+@pytest.mark.proof  # a stub that dies is tested in faults/
 def test_a_server_that_cannot_start_says_why(work):
     """EAGLE-3 with torch's attention: SGLang refuses it once the target is loaded."""
     make_draft(work / "draft", work / "target")

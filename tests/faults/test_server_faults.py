@@ -164,7 +164,8 @@ def launch(*arguments: object) -> list[str]:
     """The command, with a stub in the place of SGLang's module."""
     Path("stub_server.py").write_text(STUB.format(root=str(ROOT)))
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from specforge import cli; "
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in a shell's background
+        f"sys.path.insert(0, {str(ROOT)!r}); from specforge import cli; "
         "from specforge.evaluate import launched; launched.MODULE = 'stub_server'; cli.main()"
     )
     own = ["benchmark", "--launch", "--model-path", "t", "--draft", "d", "--output", "out.json"]
