@@ -164,7 +164,7 @@ def launch(*arguments: object) -> list[str]:
     """The command, with a stub in the place of SGLang's module."""
     Path("stub_server.py").write_text(STUB.format(root=str(ROOT)))
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in a shell's background
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # else ignored in a background
         f"sys.path.insert(0, {str(ROOT)!r}); from specforge import cli; "
         "from specforge.evaluate import launched; launched.MODULE = 'stub_server'; cli.main()"
     )
