@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,7 @@ from specforge.draft.unroll import unroll
 from specforge.records import FeatureBatch, TargetHead, sent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(NamedTuple):  # a tuple: DeepSpeed's hooks look for tensors in tuples only
     """loss is the only tensor with a gradient; the rest are sums over this packed row, [steps] each."""
 
     loss: Tensor  # scalar: sum over i of decay^i * loss_sum[i] / normaliser[i]
@@ -62,7 +62,9 @@ class DraftStep(nn.Module):
             counts.append(known_S[batch.teacher_index[rows_R + 1 + i]].sum())
         return torch.stack(counts)
 
-    def forward(self, batch: FeatureBatch | None, normaliser: Tensor) -> StepResult:
+    def forward(self, batch: FeatureBatch | None, normaliser: Tensor, anchor: Tensor | None = None) -> StepResult:
+        """`anchor`: a scalar that takes a gradient and changes nothing. Its gradient is the last to be made, and tells
+        hooks on the module's inputs that the backward is done."""
         idle = batch is None or not bool((batch.depth > 0).any())
         if batch is None or idle:  # ZeRO-2 needs every gradient, in one order, on all ranks: the same graph, times zero
             batch = self._blank()
@@ -85,6 +87,8 @@ class DraftStep(nn.Module):
         loss, loss_m, best_m = FusedLoss.apply(
             normed_mH, self.draft.lm_head.weight, teacher, teacher_M[known_M], weight_m
         )
+        if anchor is not None:
+            loss = loss + 0 * anchor
         if idle:
             none, none_there = self.no_rows(), sent(self.no_rows(), device)
             return StepResult(loss=loss * 0, loss_sum=none_there.float(), loss_rows=none, hits=none_there, rows=none)

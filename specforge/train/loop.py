@@ -68,7 +68,7 @@ def train(run: Run) -> bool:
             "--rows-per-step or --row-tokens, or raise --epochs (docs/training.md)"
         )
     if state.updates == 0:
-        untrained = run.evaluate()
+        untrained = _evaluated(run)
         _log(run, {"epoch": 0, "held_out": untrained.as_json()})
         say(f"untrained  held-out acceptance length {untrained.length:.3f}")
     with Sigterm() as stop:
@@ -162,9 +162,14 @@ def _skipped(run: Run, row: dict[str, Any]) -> None:
     say(f"[yellow]{SKIPS_ALLOWED} steps in a row skipped[/]: weights of {found[-1].name}, data goes on")
 
 
+def _evaluated(run: Run) -> Acceptance:
+    with run.optimizer.whole():
+        return run.evaluate()
+
+
 def _end_of_epoch(run: Run) -> None:
     state = run.state
-    acceptance = run.evaluate()
+    acceptance = _evaluated(run)
     better = acceptance.length > state.best_length
     if better:
         state.best_length, state.best_epoch = acceptance.length, state.epoch

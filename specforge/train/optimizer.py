@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge.config import TrainSettings
@@ -40,11 +42,10 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
         ) from error
     stage = config.get("zero_optimization", {}).get("stage", 0)
     bf16 = config.get("bf16", {}).get("enabled", False)
-    if stage not in (0, 1, 2) or config.get("fp16", {}).get("enabled") or (bf16 and stage == 0):
+    if stage not in (0, 1, 2, 3) or config.get("fp16", {}).get("enabled") or (bf16 and stage == 0):
         raise ConfigError(
-            "unsupported precision and ZeRO stage: bf16 needs stage 1 or 2 (stage 0 loses small updates), fp32 takes "
-            "0, 1 or 2. fp16 is not supported, nor is stage 3: the draft is one layer, so it saves little, and it "
-            "waits for ever where ranks have rows of other lengths",
+            "unsupported precision and ZeRO stage: fp32 takes 0 to 3, bf16 needs 1, 2 or 3 (stage 0 loses small "
+            "updates); fp16 is not supported",
             where=f"{path}, 'bf16' and 'zero_optimization'",
             fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
         )
@@ -143,11 +144,16 @@ class DraftOptimizer:
         if ranks.device.type == "cpu":  # a shared-memory all-reduce that takes minutes to compile; gloo does without
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parameters = [p for p in module.parameters() if p.requires_grad]
+        self._stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        if (
+            self._stage == 3
+        ):  # gathered as a whole: module by module, ranks with other numbers of rows wait for each other
+            deepspeed.utils.set_z3_leaf_modules(module, [type(module)])
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, dist_init_required=False, config=config
         )
         self._world = ranks.world
-        self._stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self._rank, self._device = ranks.rank, ranks.device
         self.module = module
         outer = self._engine.optimizer
         if hasattr(outer, "check_grad_overflow"):
@@ -160,12 +166,27 @@ class DraftOptimizer:
         rows, as the normaliser expects: DeepSpeed's division by accumulation is off and its mean over ranks undone."""
         results = []
         for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
-            result = self._engine(batch, normaliser)
+            result = self._engine(batch, normaliser, self._anchor())
             self._engine.backward(result.loss * self._world, scale_wrt_gas=False)
             results.append(result)
             if left:
                 self._engine.step()  # counts the rows; updates after the last one only
         return results
+
+    def _anchor(self) -> Tensor | None:
+        """Stage 3 reduces a leaf's gradients when that of its input is made; without one, before they are made."""
+        return torch.zeros((), device=self._device, requires_grad=True) if self._stage == 3 else None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The weights are whole on every rank inside, to be read."""
+        if self._stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter for _, parameter in self._named()]):
+            yield
 
     def update(self, rate: float, sums: Tensor, limit: float) -> Update:
         """The update with what was accumulated; nothing changes where one of `sums` is not finite, or the gradient is
@@ -183,8 +204,9 @@ class DraftOptimizer:
 
     def _step_if_sound(self, step: Callable[[], Any]) -> None:
         """In the place of AdamW's own step, so that no moment takes in what is skipped."""
-        norm = self._engine.optimizer._global_grad_norm if self._stage else self._norm
-        self._done = read(self._sums, norm, self._limit)
+        if self._done is None:  # stage 3 steps once for each part of its parameters
+            norm = self._engine.optimizer._global_grad_norm if self._stage else self._norm
+            self._done = read(self._sums, norm, self._limit)
         if self._done.applied:
             step()
 
@@ -219,21 +241,38 @@ class DraftOptimizer:
     def _make_moments(self, updates: int) -> None:
         """AdamW makes its state at the first step: make it now, so that it can be filled."""
         outer = self._engine.optimizer
-        flats = outer.single_partition_of_fp32_groups if self._stage else [parameter for _, parameter in self._named()]
+        flats = [parameter for _, parameter in self._named()]
+        if self._stage:
+            flats = outer.fp32_partitioned_groups_flat if self._stage == 3 else outer.single_partition_of_fp32_groups
         adam = getattr(outer, "optimizer", outer)
         for flat in flats:
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             adam.state[flat] = {"step": torch.tensor(float(updates)), **moments}
-        if self._stage:
+        if self._stage in (1, 2):
             outer._lazy_init_hp_params_optimizer_state()
 
     def _load_whole(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+        if self._stage == 3:
+            self._load_partition(parameter, values)
+            return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter.data.copy_(values[""])
         safe_set_full_fp32_param(parameter, values[""].to(parameter.device))
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[moment].to(parameter.device), moment)
+
+    def _load_partition(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+        """Of stage 3: this rank's equal part of each, the last one filled up."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(values[""])
+        outer = self._engine.optimizer
+        for name, value in values.items():
+            part, _ = outer._get_fp32_opt_state_partition(parameter, False, optim_state_key=name or None)
+            filled = F.pad(value.flatten(), (0, part.numel() * self._world - value.numel()))
+            part.copy_(filled[part.numel() * self._rank :][: part.numel()])
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name.removeprefix("draft."), p) for name, p in self.module.named_parameters()]

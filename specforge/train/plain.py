@@ -4,6 +4,7 @@ be had. Nothing is partitioned: every rank holds the fp32 weights and moments.""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class PlainOptimizer:
         for weight in self._weights.values():
             dist.all_reduce(weight.grad)
         return results
+
+    def whole(self) -> AbstractContextManager[None]:
+        """As DraftOptimizer.whole."""
+        return nullcontext()
 
     def update(self, rate: float, sums: Tensor, limit: float) -> Update:
         """As DraftOptimizer.update."""

@@ -340,6 +340,18 @@ def test_two_machines_give_the_losses_of_one(work, source):
     assert losses(work / output) == pytest.approx(losses(work / "offline"), rel=1e-4)
 
 
+@pytest.mark.proof
+def test_zero_3_on_two_ranks_killed_and_resumed_gives_the_losses_of_one(work):
+    (work / "ds3.json").write_text(json.dumps(FP32 | {"zero_optimization": {"stage": 3}}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--features", "feat", "--output", "zero3", "--save-steps", 5, "--deepspeed-config", "ds3.json"]
+    training = [*launcher, *train(*given)[1:]]
+    kill_when(training, work, lambda: (work / "zero3" / "checkpoints" / "step-0000005").exists())
+    assert "going on after step" in run(training, work)
+    assert losses(work / "zero3") == pytest.approx(losses(work / "offline"), rel=1e-5)
+    assert held_out(work / "zero3") == pytest.approx(held_out(work / "offline"), abs=0.01)
+
+
 def test_plain_torch_gives_the_losses_of_deepspeed(work):
     run(train("--features", "feat", "--output", "plain", "--no-deepspeed", "--tracker", "none"), work)
     assert losses(work / "plain") == pytest.approx(losses(work / "offline"), rel=1e-4)
