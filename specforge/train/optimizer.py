@@ -145,9 +145,7 @@ class DraftOptimizer:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        if (
-            self._stage == 3
-        ):  # gathered as a whole: module by module, ranks with other numbers of rows wait for each other
+        if self._stage == 3:  # gathered at once: module by module, ranks with other numbers of rows wait for ever
             deepspeed.utils.set_z3_leaf_modules(module, [type(module)])
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, dist_init_required=False, config=config
