@@ -270,7 +270,7 @@ class DraftOptimizer:
         for name, value in values.items():
             part, _ = outer._get_fp32_opt_state_partition(parameter, False, optim_state_key=name or None)
             filled = F.pad(value.flatten(), (0, part.numel() * self._world - value.numel()))
-            part.copy_(filled[part.numel() * self._rank :][: part.numel()])
+            part.data.copy_(filled[part.numel() * self._rank :][: part.numel()])
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name.removeprefix("draft."), p) for name, p in self.module.named_parameters()]
