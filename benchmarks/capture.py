@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -91,7 +90,8 @@ class Arms:
         passes = Passes(self.engine, self.examples)
         for batch in self.batches if batches is None else batches:
             for _, records in passes.run(batch):
-                assert all(finite(record) for record in records)
+                assert records
+                assert all(finite(records))
 
     def in_order(self) -> None:
         batches, tokens = [[]], 0
@@ -104,8 +104,7 @@ class Arms:
         self.capture(batches)
 
     def store(self) -> None:
-        folder = self.scratch / "store"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=self.scratch)) / "store"
         manifest = Manifest(
             target=self.info.path,
             target_fingerprint=self.info.fingerprint,
@@ -125,8 +124,7 @@ class Arms:
         with StoreWriter(folder, manifest) as writer:
             for batch in self.batches:
                 for part, records in passes.run(batch):
-                    for at, record in zip(part, records, strict=True):
-                        keep(writer, self.examples[at], record)
+                    keep(writer, [self.examples[at] for at in part], records)
 
     def padded(self) -> None:
         order = np.random.default_rng(0).permutation(len(self.examples))

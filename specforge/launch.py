@@ -183,7 +183,7 @@ def _keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 1 << 33)
+        libc.mallopt(trim_threshold, -1)  # never; both are C ints, and 0 would be at every free
 
 
 def _free_port() -> int:

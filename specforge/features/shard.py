@@ -32,6 +32,7 @@ from specforge.files import sync_folder
 from specforge.records import FeatureRecord, sent
 
 HEAD = 4096  # states begin on a page; room for the header of the largest shard
+WRITE_BEHIND = 8 << 20  # bytes of a shard
 DTYPES = {"input_ids": "I32", "teacher_top1": "I32", "teacher_lse": "F32", "loss_mask": "U8"}
 DAMAGE = (
     "bring the file back from a copy; or delete its line from shards.jsonl: the same `specforge prepare-hidden` "
@@ -49,8 +50,9 @@ class OpenShard:
         self._file = self._beside.open("wb")
         self._file.seek(HEAD)
         self._records: list[RecordLine] = []
-        self._small: dict[str, list[NDArray[np.uint8]]] = {name: [] for name in DTYPES}
+        self._small: dict[str, list[bytes]] = {name: [] for name in DTYPES}
         self.bytes = 0  # of its records
+        self._begun = HEAD  # up to here the disk has been told to begin
 
     def append(
         self, sample_id: int, tokens: int, teachers: int, states: NDArray[np.uint8], small: dict[str, NDArray[np.uint8]]
@@ -59,8 +61,8 @@ class OpenShard:
         self._file.write(states.data)
         digest = xxhash.xxh3_64(states.data)
         for name in DTYPES:
-            digest.update(small[name].tobytes())
-            self._small[name].append(small[name].copy())
+            self._small[name].append(small[name].tobytes())  # a copy: what is given may be memory that is lent
+            digest.update(self._small[name][-1])
         self._records.append(
             RecordLine(
                 sample_id=sample_id,
@@ -72,12 +74,23 @@ class OpenShard:
             )
         )
         self.bytes += states.nbytes + sum(part.nbytes for part in small.values())
+        if self._file.tell() - self._begun >= WRITE_BEHIND:
+            self._begin_writing()
+
+    def _begin_writing(self) -> None:
+        """Lets the disk begin with what is new, so that the fsync at the end need not wait for the whole shard. The
+        advice makes Linux do so without waiting; it drops only pages that are on the disk already: none of these."""
+        self._file.flush()
+        stop = self._file.tell()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._begun, stop - self._begun, os.POSIX_FADV_DONTNEED)
+        self._begun = stop
 
     def finish(self) -> ShardLine:
         """Complete the file, make it last, and give it its name. It counts once its line is in the index."""
         states = sum(record["bytes"] for record in self._records)
         filling = bytes(-states % 8)
-        tail = {name: b"".join(part.tobytes() for part in parts) for name, parts in self._small.items()}
+        tail = {name: b"".join(parts) for name, parts in self._small.items()}
         head = _header(states + len(filling), {name: len(content) for name, content in tail.items()})
         digest = xxhash.xxh3_64(head)
         for content in (filling, *tail.values()):

@@ -7,7 +7,9 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specforge.features.codec import Codec, encode
@@ -54,20 +56,27 @@ class Ring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """A record on its way to the disk: its parts as bytes, one after the other."""
+    """A record on its way to the disk: its tensors that are on the host anyway, and memory for the others."""
 
     sample_id: int
-    tokens: int
-    teachers: int
-    memory: Tensor
-    sizes: tuple[int, ...]  # bytes of the states, token ids, teacher_top1, teacher_lse and loss mask
-    ready: torch.cuda.Event | None  # None: it is there already
+    token_ids: Tensor
+    loss_mask: Tensor
+    teacher_top1: Tensor
+    memory: Tensor  # bytes of the encoded states, then of teacher_lse
+    ready: torch.cuda.Event | None  # None: they are there already
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """Waits until the copy is done."""
+    def parts(self) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.uint8]]]:
+        """The states and the small tensors as bytes. Waits until they are there."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.memory.split(list(self.sizes))
+        memory = self.memory.numpy()
+        states = len(memory) - 4 * len(self.teacher_top1)
+        return memory[:states], {
+            "input_ids": _bytes(self.token_ids, np.int32),
+            "teacher_top1": _bytes(self.teacher_top1, np.int32),
+            "teacher_lse": memory[states:],
+            "loss_mask": _bytes(self.loss_mask, np.uint8),
+        }
 
 
 class Staging:
@@ -85,25 +94,22 @@ class Staging:
             for tensor in (record.aux, record.last, record.teacher_lse):
                 tensor.record_stream(self._stream)  # the caller may let go of it before it is copied
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            states = encode(self._codec, record.aux, record.last)
-            small = [
-                record.token_ids.to(torch.int32),
-                record.teacher_top1.to(torch.int32),
-                record.teacher_lse.to(torch.float32),
-                record.loss_mask.to(torch.uint8),
-            ]
-            small = [part.clone(memory_format=torch.contiguous_format) for part in small]  # of one value: any stride
-            memory, at = self.ring.take(sum(part.nbytes for part in [*states, *small])), 0
-            for part in [*states, *small]:
+            lse_S = record.teacher_lse.to(torch.float32).clone(memory_format=torch.contiguous_format)
+            parts = [*encode(self._codec, record.aux, record.last), lse_S]
+            memory, at = self.ring.take(sum(part.nbytes for part in parts)), 0
+            for part in parts:
                 memory[at : at + part.nbytes].copy_(part.reshape(-1).view(torch.uint8), non_blocking=True)
                 at += part.nbytes
             ready = self._stream.record_event() if self._stream is not None else None
-        sizes = (sum(part.nbytes for part in states), *(part.nbytes for part in small))
         return Staged(
             sample_id=record.sample_id,
-            tokens=len(record),
-            teachers=len(record.last),
+            token_ids=record.token_ids,
+            loss_mask=record.loss_mask,
+            teacher_top1=record.teacher_top1,
             memory=memory,
-            sizes=sizes,
             ready=ready,
         )
+
+
+def _bytes(tensor: Tensor, dtype: type[np.generic]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(tensor.numpy(), dtype).view(np.uint8)

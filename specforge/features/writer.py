@@ -15,7 +15,7 @@ import numpy as np
 from specforge.errors import StoreError
 from specforge.features.codec import CODECS, compress
 from specforge.features.index import DISK_BLOCK, Manifest, append_line, existing, lock, read_index
-from specforge.features.shard import DTYPES, HEAD, OpenShard
+from specforge.features.shard import HEAD, OpenShard
 from specforge.features.staging import Staged, Staging
 from specforge.records import FeatureRecord
 
@@ -129,13 +129,12 @@ class StoreWriter:
             self._failure = _explained(error, shard) if isinstance(error, OSError) else error
 
     def _write(self, staged: Staged) -> None:
-        states, *small = (part.numpy() for part in staged.parts())
+        states, small = staged.parts()
         if self._codec.zstd:
             states = compress(self._codec, states)
         if self._shard is None:
             self._shard = OpenShard(self.folder, self.writer, self._number)
-        parts = dict(zip(DTYPES, small, strict=True))
-        self._shard.append(staged.sample_id, staged.tokens, staged.teachers, states, parts)
+        self._shard.append(staged.sample_id, len(staged.token_ids), len(staged.teacher_top1), states, small)
 
     def _commit(self, shard: OpenShard) -> None:
         line = shard.finish()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -103,30 +104,27 @@ class SglangEngine:
         return bool(flag)
 
     def _capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
-        rows = [teacher_rows(example.loss_mask) for example in examples]
-        starts = [0]
-        for example in examples:
-            starts.append(starts[-1] + len(example.token_ids))
-        self._hook.rows = torch.cat([torch.from_numpy(r) + s for r, s in zip(rows, starts, strict=False)])
+        lengths = [len(example.token_ids) for example in examples]
+        rows_S = teacher_rows(np.concatenate([example.loss_mask for example in examples]), lengths)
+        counts = np.diff(np.searchsorted(rows_S, np.cumsum(lengths)), prepend=0).tolist()  # of each example
+        self._hook.rows = torch.from_numpy(rows_S)
         self._prefill([example.token_ids.tolist() for example in examples])
-        seen, records, teacher_start = self._hook, [], 0
-        top1 = seen.top1.cpu()
-        for example, own_rows, start in zip(examples, rows, starts, strict=False):
-            tokens = slice(start, start + len(example.token_ids))
-            teachers = slice(teacher_start, teacher_start + len(own_rows))
-            teacher_start = teachers.stop
-            records.append(
-                FeatureRecord(
-                    sample_id=example.sample_id,
-                    token_ids=torch.from_numpy(example.token_ids),
-                    loss_mask=torch.from_numpy(example.loss_mask),
-                    aux=seen.aux[tokens],
-                    last=seen.last[teachers],
-                    teacher_top1=top1[teachers],
-                    teacher_lse=seen.lse[teachers],
-                )
+        seen = self._hook
+        teachers = zip(seen.last.split(counts), seen.top1.cpu().split(counts), seen.lse.split(counts), strict=True)
+        return [
+            FeatureRecord(
+                sample_id=example.sample_id,
+                token_ids=torch.from_numpy(example.token_ids),
+                loss_mask=torch.from_numpy(example.loss_mask),
+                aux=aux_TA,
+                last=last_SH,
+                teacher_top1=top1_S,
+                teacher_lse=lse_S,
             )
-        return records
+            for example, aux_TA, (last_SH, top1_S, lse_S) in zip(
+                examples, seen.aux.split(lengths), teachers, strict=True
+            )
+        ]
 
     def session(self) -> DecodeSession:
         return _Session(self)
