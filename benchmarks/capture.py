@@ -2,7 +2,8 @@
 
     python -m benchmarks.capture [--target FOLDER] [--tokens N] [--repetitions N]
 
-Arms, all in one process over the same conversations, in turns, each repetition beginning with another one:
+Arms, all in one process over the same conversations, in turns, each repetition beginning with another one (the last two
+take part in every fourth):
   bare      SGLang's prefill of our batches and one head product at the teacher rows: no states, no argmax, no logsumexp
   capture   ours without writing: records of aux and last states and teacher columns, checked for NaN
   store     ours with writing: the same through the writer into a store (bf16) on the disk of --scratch
@@ -41,7 +42,7 @@ from specforge.features.packing import in_batches
 from specforge.features.passes import Passes
 from specforge.features.writer import StoreWriter
 from specforge.pipeline.capture import finite, keep
-from specforge.records import HEAD_ROWS, Example, TargetInfo
+from specforge.records import HEAD_LOGITS, Example, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import gguf, weights
 
@@ -58,7 +59,7 @@ class BareHook:
 
     def __call__(self, module, args, kwargs) -> None:
         hidden, head = args[1], args[2]
-        for piece in hidden[self.rows].split(HEAD_ROWS):
+        for piece in hidden[self.rows].split(HEAD_LOGITS // len(head.weight)):
             F.linear(piece, head.weight)
 
 
@@ -168,18 +169,18 @@ def measure(target: Path, tokens: int, repetitions: int, scratch: Path) -> dict[
     for arm in todo.values():
         arm()  # kernels are compiled for each shape, memory is taken
     seconds: dict[str, list[float]] = {name: [] for name in todo}
-    names = list(todo)
+    to_bare: dict[str, list[float]] = {name: [] for name in todo}
     for repetition in range(repetitions):
+        names = list(todo) if repetition % 4 == 0 else ["bare", "capture", "store"]
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
             began = time.perf_counter()
             todo[name]()
             seconds[name].append(time.perf_counter() - began)
-        print({name: round(found[-1], 2) for name, found in seconds.items()}, file=sys.stderr, flush=True)
-    ratios = {
-        name: statistics.median(mine / bare for mine, bare in zip(seconds[name], seconds["bare"], strict=True))
-        for name in todo
-    }
+        for name in names:
+            to_bare[name].append(seconds[name][-1] / seconds["bare"][-1])
+        print({name: round(seconds[name][-1], 2) for name in names}, file=sys.stderr, flush=True)
+    ratios = {name: statistics.median(found) for name, found in to_bare.items()}
     return {
         "target": target.name,
         "hidden_size": info.hidden_size,
@@ -192,6 +193,7 @@ def measure(target: Path, tokens: int, repetitions: int, scratch: Path) -> dict[
         "pad_share_padded": arms.pads / total,
         "tokens_per_second": {name: total / statistics.median(found) for name, found in seconds.items()},
         "ratio_to_bare": ratios,
+        "quartiles_of_ratio": {name: statistics.quantiles(found, n=4)[::2] for name, found in to_bare.items()},
         "padded_to_capture": ratios["padded"] / ratios["capture"],
         "seconds": seconds,
     }
@@ -207,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, help="a model folder (default: SmolLM2-135M-Instruct and a tiny Llama)")
     parser.add_argument("--tokens", type=int, help="(default: 8,000, and 50,000 for the tiny one)")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=41)
     parser.add_argument("--scratch", type=Path, help="where stores are written (default: a temporary folder)")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # one target: SGLang takes one a process
     options = parser.parse_args()

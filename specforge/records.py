@@ -44,7 +44,7 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 
 MAX_EXAMPLES = 256  # examples in one pass of the target
 HARDLY = 1.1  # acceptance length; an untrained draft, or one that reads another target's states, has 1.00 to 1.05
-HEAD_ROWS = 512  # rows whose logits over the whole vocabulary exist at once
+HEAD_LOGITS = 1 << 26  # of the target, that exist at once: some hundred rows over the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

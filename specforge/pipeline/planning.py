@@ -22,7 +22,7 @@ from specforge.features.codec import CODECS, codec_for
 from specforge.features.shard import record_bytes
 from specforge.files import write_json
 from specforge.pipeline.shared import check_lengths
-from specforge.records import HEAD_ROWS, MAX_EXAMPLES, Example, TargetInfo
+from specforge.records import HEAD_LOGITS, MAX_EXAMPLES, Example, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
 
@@ -118,9 +118,9 @@ def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype)
         ),
         Figure(
             "memory, logits",
-            HEAD_ROWS * info.vocab_size * (width + 2 * 4),
+            min(HEAD_LOGITS, tokens * info.vocab_size) * (width + 2 * 4),
             "B",
-            f"{HEAD_ROWS} teacher rows at a time over the whole vocabulary, and in fp32",
+            f"{HEAD_LOGITS:,} at a time at most, over the whole vocabulary, and in fp32",
         ),
         Figure(
             "memory, activations",

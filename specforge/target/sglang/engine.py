@@ -19,7 +19,7 @@ from torch import Tensor
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
 from specforge.records import (
-    HEAD_ROWS,
+    HEAD_LOGITS,
     MAX_EXAMPLES,
     DecodeSession,
     Example,
@@ -377,7 +377,7 @@ class _LogitsHook:
         self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
         self.last = hidden[self.rows.to(hidden.device)]
         top1, lse, kept = [], [], []
-        for piece in self.last.split(HEAD_ROWS):
+        for piece in self.last.split(max(1, HEAD_LOGITS // module.config.vocab_size)):
             logits = self._logits(module, piece, seen["lm_head"], metadata)[:, : module.config.vocab_size]
             best, total = teacher.columns(logits, self._softcap)
             top1.append(best)
