@@ -82,7 +82,7 @@ class OpenShard:
         advice makes Linux do so without waiting; it drops only pages that are on the disk already: none of these."""
         self._file.flush()
         stop = self._file.tell()
-        if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(AttributeError, OSError):  # not known to this system, or to its file system
             os.posix_fadvise(self._file.fileno(), self._begun, stop - self._begun, os.POSIX_FADV_DONTNEED)
         self._begun = stop
 

@@ -68,6 +68,23 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def online(work) -> Path:
+    """The run that trains on the live target, without a store."""
+    said = run(train("--online", "--data", "data", "--output", "online"), work)
+    assert "sizes and rope are right; SGLang's class and ours on" in said
+    return work / "online"
+
+
+@pytest.fixture(scope="module")
+def benchmarked(work) -> dict:
+    """The result of the benchmark of the draft trained offline."""
+    given = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--data", "data"]
+    given += ["--max-length", 256, "--num-prompts", 20, "--max-new-tokens", 24, "--output", "bench.json"]
+    run(command("benchmark", *given), work)
+    return json.loads((work / "bench.json").read_text())
+
+
 def capture(output: str) -> list[str]:
     given = ["--model-path", "target", "--data", "data", "--output", output]
     return command("prepare-hidden", *given, "--tokens-per-batch", 256, "--shard-mb", 1)
@@ -101,47 +118,40 @@ def test_training_learns_and_saves_what_servers_load(work):
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
 
 
-def test_online_gives_the_same_losses_and_no_features(work):
-    said = run(train("--online", "--data", "data", "--output", "online"), work)
-    assert "sizes and rope are right; SGLang's class and ours on" in said
-    one, two = losses(work / "offline"), losses(work / "online")
+def test_online_gives_the_same_losses_and_no_features(work, online):
+    one, two = losses(work / "offline"), losses(online)
     assert len(one) == len(two)
     assert two == pytest.approx(one, rel=1e-4)  # another grouping of records into passes of the target: last bits
-    assert not list((work / "online").rglob("shard*"))
+    assert not list(online.rglob("shard*"))
 
 
-def test_online_with_a_store_captures_once_and_leaves_features_for_other_runs(work):
+def test_online_with_a_store_captures_once_and_leaves_features_for_other_runs(work, online):
     said = run(train("--online", "--data", "data", "--features", "kept", "--output", "hybrid"), work)
-    assert losses(work / "hybrid") == pytest.approx(losses(work / "online"), rel=1e-5)
+    assert losses(work / "hybrid") == pytest.approx(losses(online), rel=1e-5)
     steps = [json.loads(line) for line in (work / "hybrid" / "metrics.jsonl").read_text().splitlines()]
     shares = [(step["epoch"], step["time_share"]["target"]) for step in steps if "time_share" in step]
     assert all(share > 0 for epoch, share in shares if epoch == 0)
     assert all(share == 0 for epoch, share in shares if epoch == 1)  # read, not captured
     run(train("--features", "kept", "--output", "after"), work)
-    assert losses(work / "after") == pytest.approx(losses(work / "online"), rel=1e-5)
+    assert losses(work / "after") == pytest.approx(losses(online), rel=1e-5)
     assert "hybrid" in said
 
 
 @pytest.mark.proof
-def test_online_with_a_full_disk_captures_the_rest_again(work):
+def test_online_with_a_full_disk_captures_the_rest_again(work, online):
     given = ["--online", "--data", "data", "--features", "some", "--max-disk", "300KB", "--output", "partly"]
     run(train(*given), work)
-    assert losses(work / "partly") == pytest.approx(losses(work / "online"), rel=1e-5)
+    assert losses(work / "partly") == pytest.approx(losses(online), rel=1e-5)
     held = Store(work / "some" / "train", partial=True)
     assert 0 < len(held) < held.manifest.num_records
     assert sum(path.stat().st_size for path in (work / "some").rglob("shard-*")) < 300_000
 
 
-def test_benchmark_decodes_lossless_in_fp32(work):
-    said = ["--draft", "offline/best", "--model-path", "target", "--features", "feat", "--data", "data"]
-    said += ["--max-length", 256]
-    run(command("benchmark", *said, "--num-prompts", 20, "--max-new-tokens", 24, "--output", "bench.json"), work)
-    result = json.loads((work / "bench.json").read_text())
-    assert result["decode"]["engine"] == "sglang"
-    assert result["decode"]["dtype"] == "float32"
-    assert result["decode"]["equal"] == 20
-    assert result["decode"]["greedy_lossless"] is True
-    forced = result["teacher_forced"]
+def test_benchmark_decodes_lossless_in_fp32(benchmarked):
+    decoded, forced = benchmarked["decode"], benchmarked["teacher_forced"]
+    assert (decoded["engine"], decoded["dtype"]) == ("sglang", "float32")
+    assert decoded["equal"] == 20
+    assert decoded["greedy_lossless"] is True
     assert forced["lengths"][-1] == forced["acceptance_length"]
     assert all(
         low <= length <= high for length, (low, high) in zip(forced["lengths"], forced["intervals"], strict=True)
@@ -175,14 +185,13 @@ def test_benchmark_looks_for_the_fastest_tree_and_decodes_with_it(work):
 
 
 @pytest.mark.proof
-def test_benchmark_with_two_ranks(work):
+def test_benchmark_with_two_ranks(work, benchmarked):
     target = ["--model-path", "target", "--tp-size", 2, "--batch-size", 2, "--sweep"]
     given = ["--draft", "offline/best", "--data", "data", "--num-prompts", 3, "--max-new-tokens", 12]
     run(command("benchmark", *target, *given, "--max-length", 256, "--output", "bench2.json"), work)
     result = json.loads((work / "bench2.json").read_text())
     assert result["decode"]["equal"] == 3
-    one = json.loads((work / "bench.json").read_text())["teacher_forced"]
-    two = result["teacher_forced"]
+    one, two = benchmarked["teacher_forced"], result["teacher_forced"]
     assert two["predictions"] == one["predictions"]
     for name, part in two["by_domain"].items():  # of --data alone the same as of --data beside a store
         assert part["predictions"] == one["by_domain"][name]["predictions"]
