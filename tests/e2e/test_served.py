@@ -86,8 +86,8 @@ def test_a_plain_server_is_started_measured_and_ended(work):
 @pytest.mark.proof  # a stub that dies is tested in faults/
 def test_a_server_that_cannot_start_says_why(work):
     """EAGLE-3 with torch's attention: SGLang refuses it once the target is loaded."""
-    make_draft(work / "draft", work / "target")
-    said, left = launching(work, "--draft", "draft", "--steps", 3, "--output", "none.json", code=2)
+    make_draft(work / "untrained", work / "target")
+    said, left = launching(work, "--draft", "untrained", "--steps", 3, "--output", "none.json", code=2)
     assert not left
     assert said.count("where:") == said.count("fix:") == 1
     assert "the server ended while it started" in said
