@@ -32,6 +32,7 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         parts = [config, *(config.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "optimizer"))]
+        parts.append(config.get("optimizer", {}).get("params", {}))
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("it or one of its parts is no mapping")
     except (OSError, ValueError, AttributeError) as error:
@@ -55,6 +56,12 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
             f"the optimizer {kind} has no state that a checkpoint here knows",
             where=f"{path}, 'type'",
             fix='use "AdamW"',
+        )
+    if config.get("optimizer", {}).get("params", {}).get("torch_adam", True) is not True:
+        raise ConfigError(
+            "DeepSpeed's own Adam counts its steps where checkpoints do not find them",
+            where=f"{path}, 'torch_adam'",
+            fix="leave it out, or set it to true: torch's AdamW",
         )
     if bf16 and stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         raise ConfigError(
@@ -96,8 +103,7 @@ def deepspeed_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
         raise ConfigError(
             f'"auto" stands at {left}, which this run does not decide', where=f"{path}, '{left}'", fix="write a value"
         )
-    if ranks.device.type == "cpu":
-        parameters["torch_adam"] = True  # DeepSpeed's own needs to be compiled
+    parameters["torch_adam"] = True
     return dict(config)
 
 

@@ -1,7 +1,9 @@
 """Run by test_ranks.py: optimizer steps over four packed rows and over one in turn, so that with several ranks all but
 one have none in every second. Then the optimizer's whole state and the losses go to a file.
 
-    ranks_worker.py OUTPUT KIND DTYPE WORLD FIRST LAST [STATE]     KIND: plain, or DeepSpeed's ZeRO stage
+    ranks_worker.py OUTPUT KIND DTYPE WORLD FIRST LAST [STATE]
+
+KIND is plain, or DeepSpeed's ZeRO stage, with an "o" behind it where it is offloaded.
 """
 
 from __future__ import annotations
@@ -31,11 +33,16 @@ def main() -> None:
     draft, head, kept, _, records = make(0.8, torch.float32)
     head = type(head)(embedding_VH=head.embedding_VH.to(dtype), head_VH=head.head_VH.to(dtype))
     step = DraftStep(draft, head, kept, STEPS, DECAY)
+    zero: dict[str, object] = {"stage": 0 if kind == "plain" else int(kind[0])}
+    if kind in ("2o", "3o"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if kind == "3o":
+        zero["offload_param"] = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ROWS // world,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 0 if kind == "plain" else int(kind)},
+        "zero_optimization": zero,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "optimizer": {"type": "AdamW", "params": {"lr": RATE, "betas": [0.9, 0.95], "torch_adam": True}},
         "steps_per_print": 1000000,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def plain(tmp_path_factory):
     return {dtype: state(folder / dtype, "plain", dtype, 1) for dtype in ("float32", "bfloat16")}
 
 
-def cases(kinds: str, dtype: str, *worlds: int) -> list:
+def cases(kinds: Sequence[str], dtype: str, *worlds: int) -> list:
     """Those that `make test` runs; the rest are proofs."""
     usual = {("0", "float32", 1), ("2", "float32", 2), ("2", "bfloat16", 2)}
     found = [(kind, dtype, world) for kind in kinds for world in worlds]
@@ -48,13 +49,33 @@ def apart(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).norm() / one.norm().clamp(min=1e-12))
 
 
-@pytest.mark.parametrize(("kind", "dtype", "world"), [*cases("0123", "float32", 1, 2), *cases("123", "bfloat16", 1, 2)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "world"),
+    [
+        *cases("0123", "float32", 1, 2),
+        *cases("123", "bfloat16", 1, 2),
+        *cases(["2o", "3o"], "float32", 1, 2),
+        *cases(["2o"], "bfloat16", 2),
+    ],
+)
 def test_deepspeed_gives_the_update_of_plain_torch(tmp_path, plain, kind, dtype, world):
     one, two = plain[dtype], state(tmp_path / "state", kind, dtype, world)
     assert one.keys() == two.keys()
     assert apart(one["losses"], two["losses"]) < (FP32_LOSS if dtype == "float32" else BF16_LOSS)
     if dtype == "float32":
         assert all(apart(one[name], two[name]) < FP32_STATE for name in one)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["2o", "3o"])
+def test_an_offloaded_run_goes_on_without_it(tmp_path, plain, kind):
+    """And the other way round: four steps each."""
+    found, before = [], None
+    for number, each in enumerate((kind, "2", kind)):
+        output = tmp_path / f"part{number}"
+        found.append(state(output, each, "float32", 1, 4 * number, 4 * number + 4, before)["losses"])
+        before = output
+    torch.testing.assert_close(torch.cat(found), plain["float32"]["losses"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.proof

@@ -182,3 +182,13 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_nothing(total, 
     if len(fall) > 100:
         assert fall[-1] < 0.001 * peak
         assert fall[len(fall) // 2] == pytest.approx(peak / 2, rel=0.05)  # half a cosine
+
+
+def test_another_adam_than_torchs_is_refused(with_config):
+    error = refused(with_config, {"optimizer.params.torch_adam": False})
+    assert "torch_adam" in str(error.where)
+    assert with_config({"optimizer.params.torch_adam": None})["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_parameters_that_are_no_mapping_are_refused(with_config):
+    assert "no mapping" in refused(with_config, {"optimizer.params": [1]}).what
