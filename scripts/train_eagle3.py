@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--testpath", type=Path, help="JSONL (default: every 20th training row is held out)")
     parser.add_argument("--local_rank", type=int, default=0, help="given by deepspeed")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", default="auto")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--draft_vocab_size", type=int, default=32000)
     options = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> int:
         "lr": options.lr,
         "max_length": options.max_length,
         "row_tokens": options.max_length,
-        "rows_per_step": cli.world_size(),
+        "batch_size": cli.world_size(),
         "draft_vocab_size": options.draft_vocab_size,
     }
     if options.trainpath is None:

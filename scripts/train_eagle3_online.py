@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/draft"))
     parser.add_argument("--num-epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=1, help="packed rows on each rank in an optimizer step")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", default="auto")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--ttt-length", type=int, default=7)
     parser.add_argument("--tp-size", type=int, default=1)
@@ -42,7 +42,7 @@ def main() -> int:
         "is_preformatted": options.is_preformatted,
         "output": options.output_dir,
         "epochs": options.num_epochs,
-        "rows_per_step": options.batch_size * cli.world_size(),
+        "batch_size": options.batch_size * cli.world_size(),
         "lr": options.learning_rate,
         "max_length": options.max_length,
         "row_tokens": options.max_length,

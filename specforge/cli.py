@@ -28,6 +28,8 @@ app = typer.Typer(
 def _flag_type(annotation: Any) -> Any:
     """What typer can parse: `X | None` becomes X, a tuple of ints one string, of others a repeated flag."""
     inner = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if config.Auto in inner:  # a number or a word
+        return str
     if type(None) in get_args(annotation):
         annotation = inner[0]
     if get_origin(annotation) is tuple:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
@@ -12,6 +12,8 @@ from specforge.errors import ConfigError
 
 POSITIONAL = ("folder", "folders", "runs")  # on the command line these are given without a flag
 
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # a learning rate
+Auto = Literal["auto"]  # beside a number: chosen for the run (train/recipe.py)
 Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
 
 
@@ -128,7 +130,6 @@ class DraftSettings(VocabularySettings):
     norm_before_fc: bool = Field(False, description="EAGLE-3.1: or one norm over all of them at once")
     norm_output: bool = Field(False, description="EAGLE-3.1: the next step gets the normed state")
     steps: int = Field(7, ge=1, le=16, description="unrolled draft steps")
-    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row")
 
     def norms(self) -> dict[str, bool]:
         return {name: getattr(self, name) for name in ("fc_norm", "norm_before_fc", "norm_output")}
@@ -136,6 +137,8 @@ class DraftSettings(VocabularySettings):
 
 class PlanSettings(CaptureSettings, DraftSettings):
     """What a capture will cost in disk, memory and hours; loads no weights and needs no GPU."""
+
+    row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row of the draft")
 
     online: bool = Field(False, description="plan for training with the live target: the draft's memory too")
     tokens_per_second: float | None = Field(None, gt=0, description="rate of one copy of the target, for the hours")
@@ -168,10 +171,19 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     )
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
     epochs: int = Field(10, ge=1)
-    rows_per_step: int = Field(8, ge=1, description="packed rows in an optimizer step, over all ranks")
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="muon: Muon for the matrices, AdamW for head and norms; adamw: AdamW for everything"
+    )
+    row_tokens: Annotated[int, Field(ge=8)] | Auto = Field("auto", description="most tokens in a packed row")
+    batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="packed rows in an optimizer step, over all ranks"
+    )
+    lr: Rate | Auto = Field("auto", description="peak learning rate (with muon: of the matrices)")
+    adam_lr: Rate | Auto = Field("auto", description="with muon: peak learning rate of head and norms")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="the learning rate after its rise")
-    warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="share of the steps with a rising learning rate"
+    )
     max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=False)
     max_spike: float = Field(20, gt=1, description="skip a step whose gradient norm is so many times the median")
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better acceptance")
@@ -333,7 +345,7 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
         return settings(**(values | given))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"][:1])
         key = str(first["loc"][0]) if first["loc"] else name
         flag = key.upper() if key in POSITIONAL else f"--{key.replace('_', '-')}"
         where = f"{file}, key '{key}'" if key in values and key not in given else flag

@@ -23,9 +23,6 @@ DS_CONFIG = Path(__file__).parent.parent / "ds_config.json"
 MODEL = Path("cache/models/SmolLM2-135M-Instruct")
 RECIPE = {  # for 50,000 supervised tokens and a target of 135 M parameters on a CPU; see docs/training.md
     "draft-vocab-size": 8192,
-    "row-tokens": 512,
-    "rows-per-step": 1,
-    "lr": 2e-3,
     "steps": 7,
 }
 

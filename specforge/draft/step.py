@@ -17,7 +17,7 @@ from specforge.records import FeatureBatch, TargetHead, sent
 class StepResult(NamedTuple):  # a tuple: DeepSpeed's hooks look for tensors in tuples only
     """loss is the only tensor with a gradient; the rest are sums over this packed row, [steps] each."""
 
-    loss: Tensor  # scalar: sum over i of decay^i * loss_sum[i] / normaliser[i]
+    loss: Tensor  # scalar: sum over i of weight_i * loss_sum[i] / normaliser[i]
     loss_sum: Tensor  # float32 or wider, nats, over the loss rows
     loss_rows: Tensor  # int64, on the host
     hits: Tensor  # int64, rows whose first guess is the target's
@@ -33,7 +33,8 @@ class DraftStep(nn.Module):
         """`loss`: kl or lk (loss.py)."""
         super().__init__()
         self.draft = draft
-        self.steps, self.decay, self.loss = steps, decay, loss
+        self.steps, self.loss = steps, loss
+        self.weight_i = decay ** torch.arange(steps, dtype=torch.float64)  # on the host
         known_V = torch.zeros(draft.config.vocab_size, dtype=torch.bool)  # on the host, as what decides on rows is
         known_V[kept_D.cpu()] = True
         # Plain attributes, not buffers: nothing of the target is trained, cast, broadcast or saved.
@@ -77,8 +78,7 @@ class DraftStep(nn.Module):
         top1_M = batch.teacher_top1[teacher_M]
         known_M = torch.nonzero(known_V[top1_M]).squeeze(1)
         step_m, top1_m = sent(step_M[known_M], device), sent(top1_M[known_M], device)
-        step_i = torch.arange(self.steps, device=device, dtype=torch.float64)
-        share_i = self.decay**step_i / sent(normaliser, device).clamp(min=1)
+        share_i = sent(self.weight_i, device) / sent(normaliser, device).clamp(min=1)
         teacher = Teacher(
             head=head, head_DH=teacher_head_DH, last_SH=batch.last, lse_S=batch.teacher_lse, kind=self.loss
         )

@@ -58,12 +58,12 @@ def _first_fit(window: NDArray[np.int64], lengths: NDArray[np.int64], tokens: in
     return groups
 
 
-def share_out(rows: Sequence[Row], rows_per_step: int, world: int) -> list[list[list[Row]]]:
-    """[optimizer step][slot][rank] -> row. `rows_per_step` is a multiple of `world`; where the last step has fewer
+def share_out(rows: Sequence[Row], batch_size: int, world: int) -> list[list[list[Row]]]:
+    """[optimizer step][slot][rank] -> row. `batch_size` is a multiple of `world`; where the last step has fewer
     rows, empty ones fill it up."""
     steps = []
-    for start in range(0, len(rows), rows_per_step):
-        chosen = list(rows[start : start + rows_per_step])
-        chosen += [[]] * (-len(chosen) % rows_per_step)
-        steps.append([chosen[at : at + world] for at in range(0, rows_per_step, world)])
+    for start in range(0, len(rows), batch_size):
+        chosen = list(rows[start : start + batch_size])
+        chosen += [[]] * (-len(chosen) % batch_size)
+        steps.append([chosen[at : at + world] for at in range(0, batch_size, world)])
     return steps

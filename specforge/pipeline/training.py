@@ -51,6 +51,7 @@ from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training
 from specforge.train.optimizer import DraftOptimizer, deepspeed_config
 from specforge.train.plain import PlainOptimizer
+from specforge.train.recipe import Recipe, choose
 
 
 def train(settings: TrainSettings) -> int | None:
@@ -124,7 +125,8 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     counted = ((example.token_ids, example.loss_mask) for example in splits["train"])
     counts_V = vocab.count_supervised(counted, info.vocab_size)
     ranks = launch.join(settings.tp_size)
-    deepspeed_config(settings, ranks)  # refused before the target is loaded
+    _recipe(settings, sum(len(example.token_ids) for example in splits["train"]), info, ranks)  # refused before the
+    # target is loaded
     engine = start_engine(settings, info, ranks, settings.output)
     sources: dict[str, RecordSource] = {}
     with contextlib.ExitStack() as stack:
@@ -150,9 +152,9 @@ def _train(
     engine: TargetEngine | None = None,
 ) -> int | None:
     """The same from here on, wherever the records come from; `engine` is the live one."""
-    ds_config = deepspeed_config(settings, ranks)
+    recipe, ds_config = _recipe(settings, int(sources["train"].lengths.sum()), info, ranks)
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-    identity = _identity(settings, info, layers, data_hash, str(dtype))
+    identity = _identity(settings, recipe, info, layers, data_hash, str(dtype))
     initial = _initial(settings, info, layers) if settings.init_from else None
     state, kept, tensors = _resume_point(settings, identity)
     if is_main_rank() and not settings.resume:  # or a later resume would find the run that was given up
@@ -163,7 +165,10 @@ def _train(
     if kept is None:
         kept = vocab.choose(counts_V, settings.draft_vocab_size, tokenizer.special_ids())
     if is_main_rank():
-        write_json(settings.output / "run.json", {"settings": settings.model_dump(mode="json"), "identity": identity})
+        write_json(
+            settings.output / "run.json",
+            {"settings": settings.model_dump(mode="json"), "recipe": recipe.as_json(), "identity": identity},
+        )
     kept_D = torch.from_numpy(kept).to(ranks.device)
     head = weights.load_head(info, dtype)
     if initial:
@@ -184,7 +189,7 @@ def _train(
         f"draft: {sum(p.numel() for p in draft.parameters()) / 1e6:.1f} M parameters, vocabulary {len(kept):,} "
         f"({vocab.coverage(counts_V, kept):.1%} of the supervised tokens); {ranks.world} rank(s), {dtype}"
     )
-    held_out_rows = pack_rows(sources["test"].lengths, settings.row_tokens, seed=0, epoch=0)
+    held_out_rows = pack_rows(sources["test"].lengths, recipe.row_tokens, seed=0, epoch=0)
 
     def evaluate() -> Acceptance:
         batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
@@ -192,8 +197,8 @@ def _train(
 
     @lru_cache(maxsize=1)
     def plan(epoch: int) -> Slots:
-        rows = pack_rows(sources["train"].lengths, settings.row_tokens, settings.seed, epoch)
-        return share_out(rows, settings.rows_per_step, ranks.world)
+        rows = pack_rows(sources["train"].lengths, recipe.row_tokens, settings.seed, epoch)
+        return share_out(rows, recipe.batch_size, ranks.world)
 
     curves = None
     if is_main_rank() and settings.tracker != "none":
@@ -204,6 +209,7 @@ def _train(
             ranks=ranks,
             step=step,
             optimizer=optimizer,
+            recipe=recipe,
             source=sources["train"],
             plan=plan,
             evaluate=evaluate,
@@ -276,13 +282,21 @@ def _layers_of_store(
     return manifest.aux_layers
 
 
+def _recipe(settings: TrainSettings, tokens: int, info: TargetInfo, ranks: Ranks) -> tuple[Recipe, dict[str, Any]]:
+    """The run's recipe and its DeepSpeed configuration. A resumed run keeps what `auto` chose for it."""
+    before = checkpoint.newest_identity(settings.output / "checkpoints") if settings.resume else None
+    recipe, reasons = choose(settings, tokens, info.hidden_size, ranks.world, before)
+    ds_config = deepspeed_config(settings, recipe, ranks)
+    for reason in reasons:
+        say(reason)
+    return recipe, ds_config
+
+
 def _identity(
-    settings: TrainSettings, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
+    settings: TrainSettings, recipe: Recipe, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with."""
-    shared = (
-        "loss steps step_decay epochs row_tokens rows_per_step lr schedule warmup_share max_grad_norm max_spike"
-    ).split()
+    shared = "loss steps step_decay epochs schedule max_grad_norm max_spike".split()
     return {
         "target_fingerprint": info.fingerprint,
         "data_hash": data_hash,
@@ -294,6 +308,7 @@ def _identity(
         **settings.norms(),
         "init_from": str(settings.init_from.resolve()) if settings.init_from else None,
         **{name: getattr(settings, name) for name in shared},
+        **recipe.as_json(),
     }
 
 

@@ -64,6 +64,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
 
 
+def newest_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of the run in the folder; None where it has no readable checkpoint (`load` says why)."""
+    try:
+        return json.loads((checkpoints(folder)[-1] / "state.json").read_text(encoding="utf-8"))["identity"]
+    except (IndexError, OSError, ValueError, KeyError):
+        return None
+
+
 def load(path: Path, identity: dict[str, Any]) -> tuple[RunState, dict[str, Tensor]]:
     """Raises CheckpointError where the checkpoint is damaged or of another run, naming the first field."""
     fix = "remove the output folder, choose another --output, or use --no-resume to start anew"

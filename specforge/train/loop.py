@@ -25,14 +25,14 @@ from specforge.files import replacing
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource, sent
 from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
-from specforge.train.optimizer import DraftOptimizer, learning_rate
+from specforge.train.optimizer import DraftOptimizer, share_of_peak
 from specforge.train.plain import PlainOptimizer
+from specforge.train.recipe import Recipe
 from specforge.train.timing import Clock, Sigterm
 from specforge.train.tracker import Tracker
 
 NORMS_KEPT, NORMS_NEEDED = 100, 20  # gradient norms that a spike is told by
 SKIPS_ALLOWED = 3  # in a row
-FEW_STEPS = 1000  # on the demo's data 74, 148 and 296 steps gave 1.30, 1.50 and 1.83 (benchmarks/LOG.md)
 Slots = list[list[list[Sequence[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
 
 
@@ -44,6 +44,7 @@ class Run:
     ranks: Ranks
     step: DraftStep
     optimizer: DraftOptimizer | PlainOptimizer
+    recipe: Recipe
     source: RecordSource
     plan: Callable[[int], Slots]  # epoch -> the rows of every rank
     evaluate: Callable[[], Acceptance]  # on held-out records; collective
@@ -62,11 +63,6 @@ def train(run: Run) -> bool:
     settings, state = run.settings, run.state
     total = len(run.plan(0)) * settings.epochs  # other epochs may pack into a row more or less
     _trim_log(run)
-    if total < FEW_STEPS and settings.rows_per_step > run.ranks.world:
-        say(
-            f"[yellow]note[/] {total} optimizer steps in all are few, and each further one teaches much: lower "
-            "--rows-per-step or --row-tokens, or raise --epochs (docs/training.md)"
-        )
     if state.updates == 0:
         untrained = _evaluated(run)
         _log(run, {"epoch": 0, "held_out": untrained.as_json()})
@@ -103,7 +99,7 @@ Batches = list[FeatureBatch | None]  # this rank's packed rows of an optimizer s
 
 def _fetch(run: Run, records: Iterator[list[FeatureRecord]], clock: Clock) -> Batches:
     """The next optimizer step's rows; none after the epoch's last."""
-    rows = run.settings.rows_per_step // run.ranks.world
+    rows = run.recipe.batch_size // run.ranks.world
     found = clock.timed(run.source.kind, lambda: list(islice(records, rows)))
     return clock.timed("data", lambda: [_packed(run, one) for one in found])
 
@@ -119,12 +115,18 @@ def _update(
     dist.all_reduce(normaliser)
     results = run.optimizer.accumulate(batches, normaliser)
     following = fetch()
-    rate = learning_rate(state.updates, total, settings.lr, settings.warmup_share, settings.schedule)
-    done = run.optimizer.update(rate, _sums(results, batches, normaliser, stop), _longest_norm(run))
+    share = share_of_peak(state.updates, total, run.recipe.warmup_share, settings.schedule)
+    done = run.optimizer.update(share, _sums(results, batches, normaliser, stop), _longest_norm(run))
     state.updates += 1
     state.step_in_epoch += 1
     row = _readable(done.sums, settings)
-    row |= {"step": state.updates, "epoch": state.epoch, "lr": rate, "grad_norm": done.norm, "applied": done.applied}
+    row |= {
+        "step": state.updates,
+        "epoch": state.epoch,
+        "lr": share * run.recipe.lr,
+        "grad_norm": done.norm,
+        "applied": done.applied,
+    }
     if done.applied:
         state.applied, state.skipped_in_a_row = state.applied + 1, 0
         state.norms = [*state.norms[1 - NORMS_KEPT :], done.norm]

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from specforge.draft.step import DraftStep, StepResult
 from specforge.records import FeatureBatch, Ranks
-from specforge.train.optimizer import MOMENTS, Update, read
+from specforge.train.optimizer import Update, make_optimizer, moments, read, set_rates
 
 
 class PlainOptimizer:
-    """torch's AdamW over fp32 copies of the weights. `config` is DeepSpeed's (ds_config.json, filled)."""
+    """Muon or AdamW over fp32 copies of the weights. `config` is DeepSpeed's (ds_config.json, filled)."""
 
     def __init__(self, module: DraftStep, config: dict[str, Any], ranks: Ranks) -> None:
         self.module = module
         dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self._clip = float(config["gradient_clipping"])
         self._weights = {name: p.detach().float().clone() for name, p in module.draft.named_parameters()}
-        given = config["optimizer"]["params"]
-        known = {name: given[name] for name in ("lr", "betas", "eps", "weight_decay") if name in given}
-        self._adam = torch.optim.AdamW(list(self._weights.values()), **known)
+        self._config = config
+        self._optimizer = make_optimizer(list(self._weights.items()), config, ranks.device)
         module.draft.to(dtype)
 
     def accumulate(self, batches: Sequence[FeatureBatch | None], normaliser: Tensor) -> list[StepResult]:
@@ -49,14 +48,13 @@ class PlainOptimizer:
         """As DraftOptimizer.whole."""
         return nullcontext()
 
-    def update(self, rate: float, sums: Tensor, limit: float) -> Update:
+    def update(self, share: float, sums: Tensor, limit: float) -> Update:
         """As DraftOptimizer.update."""
-        for group in self._adam.param_groups:
-            group["lr"] = rate
+        set_rates(self._optimizer, share)
         norm = torch.nn.utils.clip_grad_norm_(list(self._weights.values()), self._clip)
         done = read(sums, norm, limit)
         if done.applied:
-            self._adam.step()
+            self._optimizer.step()
             self._write_back()
         return done
 
@@ -69,8 +67,9 @@ class PlainOptimizer:
         """As DraftOptimizer.state."""
         found = dict(self._weights)
         for name, weight in self._weights.items():
-            moments = self._adam.state.get(weight) or {moment: torch.zeros_like(weight) for moment in MOMENTS}
-            found |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
+            of_weight = self._optimizer.state[weight]
+            kinds = moments(name, weight.shape, self._config)
+            found |= {f"{kind}.{name}": of_weight.get(kind, torch.zeros_like(weight)) for kind in kinds}
         return {name: value.detach().to("cpu").clone() for name, value in found.items()}
 
     def load_state(self, state: dict[str, Tensor], updates: int) -> None:
@@ -78,6 +77,9 @@ class PlainOptimizer:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(state[name])
-                moments = {moment: state[f"{moment}.{name}"].to(weight.device).clone() for moment in MOMENTS}
-                self._adam.state[weight] = {"step": torch.tensor(float(updates)), **moments}
+                kinds = moments(name, weight.shape, self._config)
+                of_weight = {kind: state[f"{kind}.{name}"].to(weight.device).clone() for kind in kinds}
+                if "exp_avg" in kinds:
+                    of_weight["step"] = torch.tensor(float(updates))
+                self._optimizer.state[weight] = of_weight
         self._write_back()

@@ -1,9 +1,9 @@
 """Run by test_ranks.py: optimizer steps over four packed rows and over one in turn, so that with several ranks all but
 one have none in every second. Then the optimizer's whole state and the losses go to a file.
 
-    ranks_worker.py OUTPUT KIND DTYPE WORLD FIRST LAST [STATE]
+    ranks_worker.py OUTPUT OPTIMIZER KIND DTYPE WORLD FIRST LAST [STATE]
 
-KIND is plain, or DeepSpeed's ZeRO stage, with an "o" behind it where it is offloaded.
+OPTIMIZER is Muon or AdamW. KIND is plain, or DeepSpeed's ZeRO stage, with an "o" behind it where it is offloaded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from specforge.train.optimizer import DraftOptimizer
 from specforge.train.plain import PlainOptimizer
 from tests.unit.test_draft_step import DECAY, STEPS, make
 
-RATE, ROWS, SKIPPED = 1e-3, 4, (5, 7)
+RATES = {"Muon": 1e-2, "AdamW": 1e-3}
+ROWS, SKIPPED = 4, (5, 7)
 
 
 def main() -> None:
-    output, kind, dtype, world = Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), int(sys.argv[4])
+    output, name, kind, dtype_name, world = Path(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5])
+    dtype = getattr(torch, dtype_name)
     ranks = launch.join(1)
     assert ranks.world == world
     draft, head, kept, _, records = make(0.8, torch.float32)
@@ -44,13 +46,13 @@ def main() -> None:
         "gradient_clipping": 0.5,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype is torch.bfloat16},
-        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "betas": [0.9, 0.95], "torch_adam": True}},
+        "optimizer": {"type": name, "params": {"lr": RATES[name], "adam_lr": RATES["AdamW"], "betas": [0.9, 0.95]}},
         "steps_per_print": 1000000,
     }
     optimizer = (PlainOptimizer if kind == "plain" else DraftOptimizer)(step, config, ranks)
-    first, last = int(sys.argv[5]), int(sys.argv[6])
+    first, last = int(sys.argv[6]), int(sys.argv[7])
     if first:
-        state = {name: tensor for name, tensor in load_file(sys.argv[7]).items() if name != "losses"}
+        state = {name: tensor for name, tensor in load_file(sys.argv[8]).items() if name != "losses"}
         optimizer.load_state(state, first - sum(update < first for update in SKIPPED))
     losses = []
     slots = share_out([[1], [2], [4], [1], [2]], ROWS, world)
@@ -64,7 +66,7 @@ def main() -> None:
         losses.append(loss)
         # What is skipped leaves no trace, whoever skips it.
         sums = torch.tensor([float("nan") if update == SKIPPED[0] else 1.0])
-        done = optimizer.update(RATE, sums, limit=1e-9 if update == SKIPPED[1] else 1e9)
+        done = optimizer.update(1.0, sums, limit=1e-9 if update == SKIPPED[1] else 1e9)
         assert done.applied == (update not in SKIPPED), (update, done)
     state = optimizer.state() | {"losses": torch.stack(losses)}
     if ranks.rank == 0:
