@@ -186,7 +186,9 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     )
     max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=False)
     max_spike: float = Field(20, gt=1, description="skip a step whose gradient norm is so many times the median")
-    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better acceptance")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many epochs without a longer simulated decoding length"
+    )
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="where metrics go beside metrics.jsonl"
     )

@@ -25,6 +25,7 @@ from specforge.pipeline.shared import check_lengths
 from specforge.records import HEAD_LOGITS, MAX_EXAMPLES, Example, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
+from specforge.train.muon import is_muon
 
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "B"))
 RATE_FILE = "capture.json"
@@ -148,20 +149,28 @@ def cache_bytes_a_token(info: TargetInfo, tp_size: int, width: int) -> float:
 
 
 def draft_figures(settings: PlanSettings, info: TargetInfo) -> list[Figure]:
-    """The draft in bf16 under ZeRO-2: parameters on every rank; gradients (2 bytes), the fp32 copy and AdamW's two
-    moments (12 bytes) shared by all ranks (Rajbhandari et al., arXiv 1910.02054, section 5)."""
+    """The draft in bf16 under ZeRO-2: parameters on every rank; gradients (2 bytes), the fp32 copy (4) and the moments
+    in fp32, one of Muon's matrices and two of the rest, shared by all ranks (Rajbhandari et al., arXiv 1910.02054,
+    section 5)."""
     layers = engines.aux_layers_of(settings, info)
     config = DraftConfig.for_target(
         info, layers, settings.draft_vocab_size, settings.draft_intermediate_size, **settings.norms()
     )
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Eagle3Draft(config).parameters())
+        named = dict(Eagle3Draft(config).named_parameters())
+    parameters = sum(parameter.numel() for parameter in named.values())
+    matrices = sum(parameter.numel() for name, parameter in named.items() if is_muon(name, parameter.shape))
     world = settings.tp_size * (settings.dp_size or 1)
     rows, hidden = settings.steps * settings.row_tokens, info.hidden_size
     return [
         Figure("memory, draft", 2 * parameters, "B", f"{parameters / 1e6:,.1f} M parameters in bf16"),
         Figure("memory, gradients", 2 * parameters / world, "B", f"bf16, ZeRO-2 shares them over {world} ranks"),
-        Figure("memory, optimizer", 12 * parameters / world, "B", f"fp32 copy and two moments, over {world} ranks"),
+        Figure(
+            "memory, optimizer",
+            (12 * parameters - 4 * matrices) / world,
+            "B",
+            f"fp32 copy and moments, over {world} ranks",
+        ),
         Figure(
             "memory, embedding and head rows",
             2 * hidden * (info.vocab_size + config.draft_vocab_size),

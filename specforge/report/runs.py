@@ -131,8 +131,13 @@ class Run:
 
     @property
     def best_epoch(self) -> int | None:
+        """The epoch that training kept as `best`: by simulated decoding length."""
         trained = [epoch for epoch in self.evaluations if epoch > 0]
-        return max(trained, key=lambda epoch: self.evaluations[epoch].acceptance_length, default=None)
+        return max(trained, key=self._decoding_length, default=None)
+
+    def _decoding_length(self, epoch: int) -> float:
+        found = self.evaluations[epoch]
+        return found.acceptance_length if found.walk_length is None else found.walk_length
 
     @property
     def measured(self) -> Measured:

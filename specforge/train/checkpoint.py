@@ -27,7 +27,7 @@ class RunState:
     applied: int = 0  # of them, those that were not skipped
     epoch: int = 0  # the epoch that the next step belongs to
     step_in_epoch: int = 0
-    best_length: float = 0.0
+    best_length: float = 0.0  # simulated decoding length on held-out text
     best_epoch: int = -1
     norms: list[float] = field(default_factory=list)  # of the gradient, in the last steps that were applied
     skipped_in_a_row: int = 0

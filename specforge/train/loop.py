@@ -88,9 +88,9 @@ def train(run: Run) -> bool:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
             _end_of_epoch(run)
             if settings.patience and state.epoch - state.best_epoch >= settings.patience:
-                say(f"no better acceptance for {settings.patience} epochs: stopped early")
+                say(f"no longer simulated decoding for {settings.patience} epochs: stopped early")
                 break
-    say(f"best: epoch {state.best_epoch}, held-out acceptance length {state.best_length:.3f}")
+    say(f"best: epoch {state.best_epoch}, simulated decoding length {state.best_length:.3f} on held-out text")
     return True
 
 
@@ -172,13 +172,13 @@ def _evaluated(run: Run) -> Acceptance:
 def _end_of_epoch(run: Run) -> None:
     state = run.state
     acceptance = _evaluated(run)
-    better = acceptance.length > state.best_length
+    better = acceptance.walk_length > state.best_length
     if better:
-        state.best_length, state.best_epoch = acceptance.length, state.epoch
+        state.best_length, state.best_epoch = acceptance.walk_length, state.epoch
     _log(run, {"epoch": state.epoch, "held_out": acceptance.as_json()})
     say(
         f"epoch {state.epoch:>3}  held-out acceptance length {acceptance.length:.3f} "
-        f"(walk {acceptance.walk_length:.3f})  per position "
+        f"(simulated decoding {acceptance.walk_length:.3f})  per position "
         + " ".join(f"{share:.2f}" for share in acceptance.share)
         + ("  [green]best[/]" if better else "")
     )

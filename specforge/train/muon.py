@@ -105,10 +105,21 @@ class Partition:
                 start += shape.numel()
         return found
 
-    def own(self, runs: Sequence[Tensor]) -> Tensor:
-        """This rank's tensor, from whole runs."""
-        pairs = zip(runs, self.parts, strict=True)
-        return torch.cat([run[self.rank * part : (self.rank + 1) * part] for run, part in pairs])
+    def own(self, matrices: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """This rank's tensor, from whole matrices, each multiplied by its scale."""
+        found = torch.zeros(sum(self.parts), dtype=dtype, device=matrices[0].device)
+        waiting, offset = iter(zip(matrices, scales, strict=True)), 0
+        for shapes, part in zip(self.runs, self.parts, strict=True):
+            start, first = 0, self.rank * part  # of the matrix in its run, of this rank's part in the run
+            for shape in shapes:
+                matrix, factor = next(waiting)
+                low, high = max(start, first), min(start + shape.numel(), first + part)
+                if low < high:
+                    place = found[offset + low - first : offset + high - first]
+                    place.copy_(matrix.flatten()[low - start : high - start]).mul_(factor)
+                start += shape.numel()
+            offset += part
+        return found
 
 
 class Muon(torch.optim.AdamW):
@@ -162,7 +173,4 @@ class Muon(torch.optim.AdamW):
             if owner == partition.rank:
                 step.copy_(orthogonal(update, self.dtype))
         dist.all_reduce(flat)  # zeros on all ranks but the owner: exact
-        flat = flat.to(update_P.dtype)
-        for step in partition.matrices(flat.split(sizes)):
-            step.mul_(scale(step.shape))
-        return partition.own(flat.split(sizes))
+        return partition.own(steps, [scale(step.shape) for step in steps], update_P.dtype)

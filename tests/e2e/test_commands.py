@@ -92,7 +92,7 @@ def capture(output: str) -> list[str]:
 
 def train(*arguments: object) -> list[str]:
     fixed = "--model-path target --deepspeed-config ds.json --draft-vocab-size 200 --epochs 2 --row-tokens 256"
-    return command("train", *fixed.split(), "--rows-per-step", 2, "--max-length", 256, "--lr", 1e-3, *arguments)
+    return command("train", *fixed.split(), "--batch-size", 2, "--max-length", 256, "--lr", 1e-3, *arguments)
 
 
 def losses(folder: Path) -> list[float]:

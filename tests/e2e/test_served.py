@@ -103,7 +103,7 @@ def make_trained_draft(folder: Path) -> None:
     run(command("regenerate", *target, "--prompts", "prompts.jsonl", "--output", "rows.jsonl"), folder)
     run(command("prepare-data", *target, "--dataset", "rows.jsonl", "--output", "data", "--test-share", 0.2), folder)
     given = "--online --data data --output draft --deepspeed-config ds.json --draft-vocab-size 512 --epochs 8 --steps 3"
-    sizes = "--row-tokens 256 --rows-per-step 1 --max-length 256 --lr 3e-3 --tracker none"
+    sizes = "--row-tokens 256 --batch-size 1 --max-length 256 --lr 3e-3 --tracker none"
     run(command("train", *target, *given.split(), *sizes.split()), folder)
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     assert ranks.world == world
     draft, head, kept, _, records = make(0.8, torch.float32)
     head = type(head)(embedding_VH=head.embedding_VH.to(dtype), head_VH=head.head_VH.to(dtype))
-    step = DraftStep(draft, head, kept, STEPS, DECAY)
+    step = DraftStep(draft.to(ranks.device), head.to(ranks.device), kept.to(ranks.device), STEPS, DECAY)
     zero: dict[str, object] = {"stage": 0 if kind == "plain" else int(kind[0])}
     if kind in ("2o", "3o"):
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -60,12 +60,13 @@ def main() -> None:
         rows = [slot[ranks.rank] for slot in slots[update % 2]]
         batches = [FeatureBatch.pack([records[at] for at in r], ranks.device, dtype) if r else None for r in rows]
         normaliser = torch.stack([step.loss_rows(batch) if batch else step.no_rows() for batch in batches]).sum(0)
+        normaliser = normaliser.to(ranks.device)
         dist.all_reduce(normaliser)
         loss = sum(result.loss.detach().double() for result in optimizer.accumulate(batches, normaliser))
         dist.all_reduce(loss)
         losses.append(loss)
         # What is skipped leaves no trace, whoever skips it.
-        sums = torch.tensor([float("nan") if update == SKIPPED[0] else 1.0])
+        sums = torch.tensor([float("nan") if update == SKIPPED[0] else 1.0], device=ranks.device)
         done = optimizer.update(1.0, sums, limit=1e-9 if update == SKIPPED[1] else 1e9)
         assert done.applied == (update not in SKIPPED), (update, done)
     state = optimizer.state() | {"losses": torch.stack(losses)}

@@ -100,17 +100,19 @@ def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:
     from specforge.features.sources import LiveSource
     from specforge.records import FeatureBatch
     from specforge.train.optimizer import DraftOptimizer, deepspeed_config
+    from specforge.train.recipe import choose
 
     root = Path(__file__).parents[2]
     settings = TrainSettings(
-        online=True, rows_per_step=ranks.world, lr=1e-3, deepspeed_config=root / "ds_config.json", max_grad_norm=1.0
+        online=True, batch_size=ranks.world, lr=1e-3, deepspeed_config=root / "ds_config.json", max_grad_norm=1.0
     )
     kept = torch.arange(engine.info.vocab_size)
     head = weights.load_head(engine.info, torch.bfloat16)
     draft = Eagle3Draft(DraftConfig.for_target(engine.info, engine.aux_layers, len(kept)))
     draft.initialise(head, kept, seed=0)
     step = DraftStep(draft, head, kept, 7, 0.8)
-    optimizer = DraftOptimizer(step, deepspeed_config(settings, ranks), ranks)
+    recipe, _ = choose(settings, tokens=1000, hidden_size=engine.info.hidden_size, world=ranks.world)
+    optimizer = DraftOptimizer(step, deepspeed_config(settings, recipe, ranks), ranks)
     source = LiveSource(engine, asked, ranks.tp_rank)
     rows = [[1], [2]] if ranks.tp_size == 2 else [[1, 2]]
     losses = []
@@ -119,7 +121,7 @@ def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:
         normaliser = step.loss_rows(batch)
         dist.all_reduce(normaliser)
         (result,) = optimizer.accumulate([batch], normaliser)
-        assert optimizer.update(1e-3, torch.zeros(1), limit=float("inf")).applied
+        assert optimizer.update(1.0, torch.zeros(1), limit=float("inf")).applied
         loss = result.loss.detach()
         dist.all_reduce(loss)
         losses.append(float(loss))

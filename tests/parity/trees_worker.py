@@ -104,14 +104,14 @@ def drafts(info, engine, head, kept, records, ranks) -> dict[str, Eagle3Draft]:
         found[name] = Eagle3Draft(DraftConfig.for_target(info, engine.aux_layers, len(kept))).eval()
         found[name].initialise(head, kept, seed=0)
     step = DraftStep(found["good"], head, kept, STEPS, 0.8)
-    config = {"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}
+    config = {"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95]}}}
     optimizer = PlainOptimizer(step, config, ranks)
     for epoch in range(EPOCHS):
         for start in range(0, len(records), ROWS):
             batch = FeatureBatch.pack(records[start : start + ROWS], ranks.device, torch.float32)
             for result in optimizer.accumulate([batch], step.loss_rows(batch)):
                 print(epoch, float(result.loss.detach()), file=sys.stderr)
-            optimizer.update(3e-3, torch.zeros(1), limit=float("inf"))
+            optimizer.update(1.0, torch.zeros(1), limit=float("inf"))
     found["good"].eval()
     found["bad"].load_state_dict(found["good"].state_dict())
     with torch.no_grad():

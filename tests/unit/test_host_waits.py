@@ -17,8 +17,9 @@ from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, Ranks, TargetHead
 from specforge.train import loop
 from specforge.train.checkpoint import RunState
-from specforge.train.optimizer import read
+from specforge.train.optimizer import NAMES, read
 from specforge.train.plain import PlainOptimizer
+from specforge.train.recipe import choose
 from tests.unit.test_draft_step import DECAY, STEPS, make, pack
 
 META = torch.device("meta")
@@ -70,17 +71,23 @@ class Reads(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def test_an_optimizer_step_reads_the_device_once(monkeypatch):
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_optimizer_step_reads_the_device_once(monkeypatch, name):
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     step, batch = on_device()
     config = {
         "gradient_clipping": 0.5,
-        "optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0}},
+        "optimizer": {
+            "type": NAMES[name],
+            "params": {"lr": 1e-3, "adam_lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0},
+        },
     }
     ranks = Ranks(device=META)
     settings = TrainSettings(model_path="target", steps=STEPS)
+    optimizer = PlainOptimizer(step, config, ranks)
+    recipe, _ = choose(settings, tokens=1000, hidden_size=16, world=1)
     run = SimpleNamespace(
-        settings=settings, ranks=ranks, step=step, optimizer=PlainOptimizer(step, config, ranks), state=RunState()
+        settings=settings, ranks=ranks, step=step, optimizer=optimizer, recipe=recipe, state=RunState()
     )
     step(batch, step.loss_rows(batch))  # the rotary embedding's frequencies move once
     with Reads() as reads:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from specforge.config import TrainSettings
 from specforge.errors import ConfigError
 from specforge.records import Ranks
-from specforge.train.optimizer import deepspeed_config, learning_rate
+from specforge.train.optimizer import deepspeed_config, share_of_peak
+from specforge.train.recipe import choose
 
 OWN = Path(__file__).parents[2] / "ds_config.json"
 
@@ -35,9 +36,15 @@ def with_config(tmp_path):
                 inner[last] = value
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(raw))
-        return deepspeed_config(TrainSettings(deepspeed_config=path, **given), Ranks(world=world))
+        return filled(path, world, **given)
 
     return make
+
+
+def filled(path, world=1, **given):
+    settings = TrainSettings(deepspeed_config=path, **{"batch_size": world, **given})
+    recipe, _ = choose(settings, tokens=100_000, hidden_size=576, world=world)
+    return deepspeed_config(settings, recipe, Ranks(world=world))
 
 
 def refused(with_config, changes=None, **given):
@@ -55,7 +62,7 @@ def words_auto(value):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_auto_is_filled_by_the_runs_settings(with_config, world):
-    found = with_config(world=world, rows_per_step=8, lr=3e-4, max_grad_norm=0.7)
+    found = with_config(world=world, batch_size=8, lr=3e-4, max_grad_norm=0.7)
     assert found["train_micro_batch_size_per_gpu"] == 1
     assert found["gradient_accumulation_steps"] == 8 // world
     assert found["gradient_clipping"] == 0.7
@@ -68,15 +75,15 @@ def test_auto_is_filled_by_the_runs_settings(with_config, world):
 
 def test_what_is_absent_is_filled_too(with_config):
     gone = ["optimizer", "gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
-    found = with_config(dict.fromkeys(gone), rows_per_step=6, lr=2e-4)
+    found = with_config(dict.fromkeys(gone), batch_size=6, lr=2e-4)
     assert found["gradient_accumulation_steps"] == 6
     assert found["gradient_clipping"] == 0.5
-    assert found["optimizer"]["type"] == "AdamW"
+    assert found["optimizer"]["type"] == "Muon"
     assert found["optimizer"]["params"]["lr"] == 2e-4
 
 
 def test_a_number_that_agrees_stays(with_config):
-    found = with_config({"gradient_clipping": 0.5, "gradient_accumulation_steps": 4}, world=2, rows_per_step=8)
+    found = with_config({"gradient_clipping": 0.5, "gradient_accumulation_steps": 4}, world=2, batch_size=8)
     assert found["gradient_clipping"] == 0.5
     assert found["gradient_accumulation_steps"] == 4
 
@@ -88,6 +95,8 @@ def test_a_number_that_agrees_stays(with_config):
         ("gradient_accumulation_steps", 3),
         ("train_micro_batch_size_per_gpu", 2),
         ("optimizer.params.lr", 5e-5),
+        ("optimizer.params.adam_lr", 5e-5),
+        ("optimizer.type", "AdamW"),
         ("train_batch_size", 64),  # DeepSpeed's own word for the rows of a step
         ("scheduler", {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}),  # the run sets the learning rate
     ],
@@ -99,7 +108,7 @@ def test_a_clash_is_refused_with_the_key_named(with_config, place, value):
 
 
 def test_a_batch_size_that_agrees_is_no_clash(with_config):
-    assert with_config({"train_batch_size": 8}, rows_per_step=8)["gradient_accumulation_steps"] == 8
+    assert with_config({"train_batch_size": 8}, batch_size=8)["gradient_accumulation_steps"] == 8
 
 
 @pytest.mark.parametrize(
@@ -147,8 +156,8 @@ def test_fp32_takes_stages_0_to_3(with_config, stage):
 
 @pytest.mark.parametrize(("rows", "world"), [(8, 3), (1, 2), (6, 4)])
 def test_rows_that_the_ranks_cannot_share_are_refused(with_config, rows, world):
-    error = refused(with_config, world=world, rows_per_step=rows)
-    assert error.where == "--rows-per-step"
+    error = refused(with_config, world=world, batch_size=rows)
+    assert error.where == "--batch-size"
     assert str(world) in error.fix
 
 
@@ -160,17 +169,18 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        deepspeed_config(TrainSettings(deepspeed_config=path), Ranks())
+        filled(path)
     assert str(path) in error.value.where
 
 
 # Learning rate
 
 
-@given(st.integers(1, 3000), st.floats(0, 0.99), st.floats(1e-6, 1e-2))
+@given(st.integers(1, 3000), st.floats(0, 0.99))
 @settings(max_examples=50, deadline=None)
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_nothing(total, share, peak):
-    rates = [learning_rate(step, total, peak, share) for step in range(total)]
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_nothing(total, share):
+    peak = 1.0
+    rates = [share_of_peak(step, total, share) for step in range(total)]
     warmup = max(1, round(total * share))
     assert max(rates) == pytest.approx(peak)
     assert rates[min(warmup, total) - 1] == pytest.approx(peak)
@@ -187,7 +197,25 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_nothing(total, 
 def test_another_adam_than_torchs_is_refused(with_config):
     error = refused(with_config, {"optimizer.params.torch_adam": False})
     assert "torch_adam" in str(error.where)
-    assert with_config({"optimizer.params.torch_adam": None})["optimizer"]["params"]["torch_adam"] is True
+
+
+@pytest.mark.parametrize(("optimizer", "there"), [("muon", "AdamW"), ("adamw", "Muon"), ("muon", "Lamb")])
+def test_an_optimizer_that_contradicts_the_flag_is_refused(with_config, optimizer, there):
+    error = refused(with_config, {"optimizer.type": there}, optimizer=optimizer)
+    assert there in error.what
+    assert "'type'" in error.where
+    assert "--optimizer" in error.fix
+
+
+@pytest.mark.parametrize(("optimizer", "there"), [("muon", "Muon"), ("adamw", "AdamW"), ("adamw", "adamw")])
+def test_an_optimizer_that_agrees_stays(with_config, optimizer, there):
+    found = with_config({"optimizer.type": there}, optimizer=optimizer)
+    assert found["optimizer"]["type"].lower() == optimizer
+
+
+def test_a_parameter_that_the_optimizer_lacks_is_refused(with_config):
+    error = refused(with_config, {"optimizer.params.ns_steps": 3})
+    assert "'ns_steps'" in error.where
 
 
 def test_parameters_that_are_no_mapping_are_refused(with_config):

@@ -88,15 +88,15 @@ def in_order(steps, world):
 
 @given(st.integers(0, 40), st.sampled_from([4, 8, 12]))
 @checked
-def test_every_number_of_ranks_trains_on_the_same_rows_in_the_same_order(count, rows_per_step):
+def test_every_number_of_ranks_trains_on_the_same_rows_in_the_same_order(count, batch_size):
     rows = [[2 * n, 2 * n + 1] for n in range(count)]
     for world in (1, 2, 4):
-        steps = share_out(rows, rows_per_step, world)
+        steps = share_out(rows, batch_size, world)
         assert in_order(steps, world) == [tuple(row) for row in rows]
-        assert [len(step) for step in steps] == [rows_per_step // world] * -(-count // rows_per_step)
+        assert [len(step) for step in steps] == [batch_size // world] * -(-count // batch_size)
     # and each optimizer step holds the same rows whatever the number of ranks
     per_world = [
-        [sorted(in_order([step], world)) for step in share_out(rows, rows_per_step, world)] for world in (1, 2, 4)
+        [sorted(in_order([step], world)) for step in share_out(rows, batch_size, world)] for world in (1, 2, 4)
     ]
     assert per_world[0] == per_world[1] == per_world[2]
     assert rows == [[2 * n, 2 * n + 1] for n in range(count)]  # the argument is left as it was

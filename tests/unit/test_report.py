@@ -24,7 +24,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def measured(shares, **more):
     return {
         "acceptance_length": 1 + sum(shares),
-        "walk_length": 1.5,
+        "walk_length": 1 + 0.8 * sum(shares),
         "acceptance_by_position": shares,
         "coverage": 0.9,
         "predictions": 4321,
@@ -159,6 +159,16 @@ def near(points, expected, within):
 
 
 # What is shown is what is written
+
+
+def test_the_best_epoch_is_the_one_with_the_longest_simulated_decoding(tmp_path):
+    folder = training(tmp_path / "llama", epochs={0: [0.0], 1: [0.5], 2: [0.6]})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("held_out") and line["epoch"] == 1:
+            line["held_out"]["walk_length"] = 1.9
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert made(tmp_path, folder).rows("overview")["best epoch"] == ["1"]
 
 
 def test_acceptance_is_that_of_the_best_epoch(tmp_path):
