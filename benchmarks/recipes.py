@@ -235,9 +235,9 @@ def _start(*arguments: Any) -> None:
     _bench = Bench(*arguments)
 
 
-def _run(task: tuple[Recipe, int]) -> tuple[Recipe, int, dict[str, Any]]:
-    recipe, seed = task
-    return recipe, seed, _bench.train(recipe, seed)
+def _run(task: tuple[Recipe, int, float]) -> tuple[Recipe, int, dict[str, Any] | None]:
+    recipe, seed, until = task
+    return recipe, seed, _bench.train(recipe, seed) if time.monotonic() < until else None
 
 
 def main() -> None:
@@ -262,11 +262,12 @@ def main() -> None:
     waiting = [(r, seed) for r, seed in waiting if str(seed) not in results.get(r.name, {"runs": {}})["runs"]]
     shared = (options.features, options.model_path, options.draft_vocab_size, options.test)
     until = time.monotonic() + 60 * options.minutes
-    in_time = ((recipe, seed) for recipe, seed in waiting if time.monotonic() < until)
     context = multiprocessing.get_context("spawn")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     with context.Pool(options.jobs, _start, shared) as pool:
-        for recipe, seed, found in pool.imap_unordered(_run, in_time):
+        for recipe, seed, found in pool.imap_unordered(_run, [(*task, until) for task in waiting]):
+            if found is None:
+                continue
             done = results.setdefault(recipe.name, {"runs": {}})
             done["runs"][str(seed)] = found
             lengths = [run["length"] for run in done["runs"].values()]

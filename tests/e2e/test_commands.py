@@ -383,3 +383,5 @@ def test_a_draft_that_another_starts_from_keeps_its_vocabulary_and_what_it_learn
 def test_resuming_another_run_is_refused(work):
     said = run(train("--features", "feat", "--output", "offline", "--steps", 3), work, code=2)
     assert "another steps: 7, now 3" in said
+    said = run(train("--features", "feat", "--output", "offline", "--optimizer", "adamw"), work, code=2)
+    assert "another optimizer: muon, now adamw" in said
