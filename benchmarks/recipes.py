@@ -64,7 +64,7 @@ class Recipe:
     muon_head: bool = False
     reach: bool = False  # step weights: the chance that serving reaches the step, from the last updates' accuracy
     lk_last: float = 0.0  # the last share of the steps with the loss `lk`
-    grow: bool = False  # TTT length grows from 1 to 7 over the first half
+    grow: float = 0.0  # TTT length grows evenly from 1 to 7 over this share of the run
     ema: float = 0.0  # evaluate an average of the weights, with this decay
     schedule: str = "cosine"
     norms: dict[str, bool] = field(default_factory=dict)
@@ -84,14 +84,18 @@ def compare() -> list[Recipe]:
 
 def sweep() -> list[Recipe]:
     """Each optimizer over learning rate, tokens a step, and amount of data."""
-    rates = {"muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
-    packs = ((256, 1), (512, 1), (1024, 1), (1024, 2), (1024, 4))
+    small, usual = ((256, 1), (1024, 4)), ((512, 1), (1024, 1), (1024, 2))
+    plan = [
+        ("muon", 1, usual + small, (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)),
+        ("adamw", 1, usual, (1e-3, 2e-3, 4e-3, 8e-3)),
+        ("muon", 2, usual, (5e-3, 1e-2, 2e-2)),
+        ("adamw", 2, usual, (1e-3, 2e-3, 4e-3)),
+    ]
     return [
         Recipe(optimizer=optimizer, lr=lr, epochs=epochs, pack=pack, batch=batch)
-        for epochs in (1, 4)
-        for optimizer, of_optimizer in rates.items()
+        for optimizer, epochs, packs, rates in plan
         for pack, batch in packs
-        for lr in of_optimizer
+        for lr in rates
     ]
 
 
@@ -110,7 +114,8 @@ def extras() -> list[Recipe]:
         replace(one, schedule="constant", ema=0.98),
         replace(one, muon_head=True),
         replace(one, weight_decay=0.1),
-        replace(one, grow=True),
+        replace(one, grow=0.5),
+        replace(one, grow=1.0),
         replace(one, adam_lr=1e-3),
         replace(one, adam_lr=4e-3),
         replace(one, momentum=0.9),
@@ -119,7 +124,14 @@ def extras() -> list[Recipe]:
     ]
 
 
-RUNS = {"compare": compare, "sweep": sweep, "extras": extras}
+def demo() -> list[Recipe]:
+    """What fits into the time of the demo with AdamW: 4 epochs of packs of 512."""
+    four = [Recipe(epochs=4, pack=1024, lr=lr) for lr in (9e-3, 1.3e-2, 1.8e-2)]
+    three = [Recipe(epochs=3.3, pack=768, lr=lr) for lr in (9e-3, 1.3e-2)]
+    return four + three + [Recipe(epochs=3, pack=512, lr=lr) for lr in (6e-3, 9e-3)]
+
+
+RUNS = {"demo": demo, "compare": compare, "sweep": sweep, "extras": extras}
 
 
 class Bench:
@@ -169,7 +181,6 @@ class Bench:
         draft.initialise(self.head, self.kept_D, seed)
         head, kept_D = self.head.to(device), self.kept_D.to(device)
         step = DraftStep(draft.to(device), head, kept_D, STEPS, recipe.decay, recipe.loss)
-        decayed_i = step.weight_i
         parameters = {"lr": recipe.lr, "adam_lr": recipe.adam_lr, "betas": [0.9, 0.95]}
         config = {
             "bf16": {"enabled": True},
@@ -194,8 +205,7 @@ class Bench:
                 denominator = torch.stack([step.loss_rows(batch) for batch in batches]).sum(0)
             step.loss = "lk" if number >= (1 - recipe.lk_last) * len(steps) else recipe.loss
             if recipe.grow:
-                grown = min(STEPS, 1 + int(2 * number / len(steps) * STEPS))
-                step.weight_i = decayed_i * (torch.arange(STEPS) < grown)
+                step.unrolled = min(STEPS, 1 + int(number / len(steps) / recipe.grow * STEPS))
             results = optimizer.accumulate(batches, denominator)
             if recipe.reach:
                 hits_i = sum(result.hits for result in results).cpu() / sum(r.rows for r in results).clamp(min=1)

@@ -34,6 +34,7 @@ class DraftStep(nn.Module):
         super().__init__()
         self.draft = draft
         self.steps, self.loss = steps, loss
+        self.unrolled = steps  # of them, those that are computed; training may begin with fewer
         self.weight_i = decay ** torch.arange(steps, dtype=torch.float64)  # on the host
         known_V = torch.zeros(draft.config.vocab_size, dtype=torch.bool)  # on the host, as what decides on rows is
         known_V[kept_D.cpu()] = True
@@ -71,7 +72,7 @@ class DraftStep(nn.Module):
             batch = self._blank()
         head, teacher_head_DH, kept_D, known_V = self.frozen
         device = kept_D.device
-        unrolled = unroll(self.draft, head.embedding_VH, batch, self.steps)
+        unrolled = unroll(self.draft, head.embedding_VH, batch, self.unrolled)
         step_M = torch.cat([torch.full_like(step.rows_R, i) for i, step in enumerate(unrolled)])
         teacher_M = torch.cat([step.teacher_R for step in unrolled])
         hidden_MH = torch.cat([step.hidden_RH for step in unrolled])

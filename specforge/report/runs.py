@@ -107,6 +107,7 @@ class Benchmark(BaseModel):
 
 class RunFile(BaseModel):
     settings: dict[str, Any]
+    recipe: dict[str, Any] = Field(default_factory=dict)
 
 
 class Summary(BaseModel):
@@ -178,7 +179,8 @@ def _run(place: Path) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise _error("the run has no metrics yet", metrics, "wait for the end of its first epoch")
-    settings = _load(folder / "run.json", RunFile).settings
+    run = _load(folder / "run.json", RunFile)
+    settings = run.settings | run.recipe  # what `auto` chose, in its place
     steps, evaluations = _metrics(metrics)
     if not any(epoch > 0 for epoch in evaluations):
         raise _error("no epoch of the run is finished", metrics, "wait for the end of its first epoch")
