@@ -37,6 +37,7 @@ from specforge.features.store import Store
 from specforge.records import FeatureBatch, FeatureRecord
 from specforge.target import weights
 from specforge.train import muon
+from specforge.train.loop import unrolled_steps
 from specforge.train.optimizer import NAMES, share_of_peak
 from specforge.train.plain import PlainOptimizer
 
@@ -48,6 +49,7 @@ STEPS = 7  # TTT steps
 class Recipe:
     """One training run. Names of recipes are made of what differs from these defaults."""
 
+    growth: float = 0.75  # share of the run in which the TTT length grows from 1 to 7
     optimizer: str = "muon"
     lr: float = 1e-2
     adam_lr: float = 2e-3  # of the head and the norms, with muon
@@ -64,7 +66,6 @@ class Recipe:
     muon_head: bool = False
     reach: bool = False  # step weights: the chance that serving reaches the step, from the last updates' accuracy
     lk_last: float = 0.0  # the last share of the steps with the loss `lk`
-    grow: float = 0.0  # TTT length grows evenly from 1 to 7 over this share of the run
     ema: float = 0.0  # evaluate an average of the weights, with this decay
     schedule: str = "cosine"
     norms: dict[str, bool] = field(default_factory=dict)
@@ -77,8 +78,9 @@ class Recipe:
 
 
 def compare() -> list[Recipe]:
-    ours = [Recipe(lr=lr, epochs=epochs) for epochs in (2, 1) for lr in (5e-3, 1e-2, 2e-2)]
-    eager = [Recipe(optimizer="adamw", padded=True, lr=lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+    """The default recipe, also without growth, with all and with half the tokens; and the eager recipe."""
+    ours = [Recipe(lr=lr, epochs=n, growth=g) for g in (0.75, 0.0) for n in (2, 1) for lr in (5e-3, 1e-2, 2e-2)]
+    eager = [Recipe(optimizer="adamw", padded=True, growth=0.0, lr=lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
     return ours + eager
 
 
@@ -92,7 +94,7 @@ def sweep() -> list[Recipe]:
         ("adamw", 2, usual, (1e-3, 2e-3, 4e-3)),
     ]
     return [
-        Recipe(optimizer=optimizer, lr=lr, epochs=epochs, pack=pack, batch=batch)
+        Recipe(growth=0.0, optimizer=optimizer, lr=lr, epochs=epochs, pack=pack, batch=batch)
         for optimizer, epochs, packs, rates in plan
         for pack, batch in packs
         for lr in rates
@@ -100,7 +102,7 @@ def sweep() -> list[Recipe]:
 
 
 def extras() -> list[Recipe]:
-    one = Recipe()
+    one = Recipe(growth=0.0)
     return [
         one,
         replace(one, decay=0.6),
@@ -114,8 +116,7 @@ def extras() -> list[Recipe]:
         replace(one, schedule="constant", ema=0.98),
         replace(one, muon_head=True),
         replace(one, weight_decay=0.1),
-        replace(one, grow=0.5),
-        replace(one, grow=1.0),
+        *(replace(one, growth=growth) for growth in (0.5, 0.75, 1.0)),
         replace(one, adam_lr=1e-3),
         replace(one, adam_lr=4e-3),
         replace(one, momentum=0.9),
@@ -124,14 +125,7 @@ def extras() -> list[Recipe]:
     ]
 
 
-def demo() -> list[Recipe]:
-    """What fits into the time of the demo with AdamW: 4 epochs of packs of 512."""
-    four = [Recipe(epochs=4, pack=1024, lr=lr) for lr in (9e-3, 1.3e-2, 1.8e-2)]
-    three = [Recipe(epochs=3.3, pack=768, lr=lr) for lr in (9e-3, 1.3e-2)]
-    return four + three + [Recipe(epochs=3, pack=512, lr=lr) for lr in (6e-3, 9e-3)]
-
-
-RUNS = {"demo": demo, "compare": compare, "sweep": sweep, "extras": extras}
+RUNS = {"compare": compare, "sweep": sweep, "extras": extras}
 
 
 class Bench:
@@ -204,8 +198,7 @@ class Bench:
             else:
                 denominator = torch.stack([step.loss_rows(batch) for batch in batches]).sum(0)
             step.loss = "lk" if number >= (1 - recipe.lk_last) * len(steps) else recipe.loss
-            if recipe.grow:
-                step.unrolled = min(STEPS, 1 + int(number / len(steps) / recipe.grow * STEPS))
+            step.unrolled = unrolled_steps(number, len(steps), STEPS, recipe.growth)
             results = optimizer.accumulate(batches, denominator)
             if recipe.reach:
                 hits_i = sum(result.hits for result in results).cpu() / sum(r.rows for r in results).clamp(min=1)

@@ -170,6 +170,12 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
         "kl", description="kl: cross-entropy against the target; lk: minus the log of the acceptance at temperature 1"
     )
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step i in the loss is this to the power of i")
+    ttt_growth: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="share of the run in which the unrolled steps grow from 1 to --steps",
+    )
     epochs: int = Field(10, ge=1)
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for the matrices, AdamW for head and norms; adamw: AdamW for everything"
@@ -319,7 +325,7 @@ class DemoSettings(Settings):
 
     output: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
     online: bool = Field(False, description="train with the live target; no features on disk")
-    epochs: int = Field(4, ge=1)
+    epochs: int = Field(5, ge=1)
     fresh: bool = Field(True, description="start anew (else go on where an earlier demo was)")
 
 

@@ -296,7 +296,7 @@ def _identity(
     settings: TrainSettings, recipe: Recipe, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with."""
-    shared = "loss steps step_decay epochs schedule max_grad_norm max_spike".split()
+    shared = "loss steps step_decay ttt_growth epochs schedule max_grad_norm max_spike".split()
     return {
         "target_fingerprint": info.fingerprint,
         "data_hash": data_hash,

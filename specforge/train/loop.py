@@ -110,6 +110,7 @@ def _update(
     """One optimizer step, and the next one's rows: they are captured or read while the device is at the backward."""
     settings, state = run.settings, run.state
     run.step.train()
+    run.step.unrolled = unrolled_steps(state.updates, total, settings.steps, settings.ttt_growth)
     normaliser = torch.stack([run.step.loss_rows(b) for b in batches if b] or [run.step.no_rows()]).sum(0)
     normaliser = sent(normaliser, run.ranks.device)
     dist.all_reduce(normaliser)
@@ -119,8 +120,9 @@ def _update(
     done = run.optimizer.update(share, _sums(results, batches, normaliser, stop), _longest_norm(run))
     state.updates += 1
     state.step_in_epoch += 1
-    row = _readable(done.sums, settings)
+    row = _readable(done.sums, settings, run.step.unrolled)
     row |= {
+        "unrolled": run.step.unrolled,
         "step": state.updates,
         "epoch": state.epoch,
         "lr": share * run.recipe.lr,
@@ -133,6 +135,12 @@ def _update(
     else:
         _skipped(run, row)
     return row, following
+
+
+def unrolled_steps(update: int, total: int, steps: int, growth: float) -> int:
+    """The TTT length of an optimizer step: from 1 to `steps`, evenly over the first share `growth` of the run. Early on
+    serving would hardly reach the later steps, and they cost as much as the first."""
+    return steps if update >= growth * total else 1 + int(update / (growth * total) * steps)
 
 
 def _longest_norm(run: Run) -> float:
@@ -197,17 +205,18 @@ def _sums(results: Sequence[StepResult], batches: Batches, normaliser: Tensor, s
     return torch.cat([sums, normaliser.double()])
 
 
-def _readable(sums: list[float], settings: TrainSettings) -> dict[str, Any]:
-    """As numbers that a person reads."""
+def _readable(sums: list[float], settings: TrainSettings, unrolled: int) -> dict[str, Any]:
+    """As numbers that a person reads. The loss is the weighted mean over the unrolled steps, nats."""
     tokens, supervised, stops, *found = sums
     steps = settings.steps
     rows, losses, hits, counts = (found[at : at + steps] for at in range(0, 4 * steps, steps))
     loss_i = [loss / max(count, 1) for loss, count in zip(losses, counts, strict=True)]
     accuracy_i = [hit / max(count, 1) for hit, count in zip(hits, rows, strict=True)]
+    weight_i = [settings.step_decay**i for i in range(unrolled)]
     return {
-        "loss": sum(settings.step_decay**i * loss for i, loss in enumerate(loss_i)),
-        "loss_by_step": [round(loss, 5) for loss in loss_i],
-        "accuracy_by_step": [round(accuracy, 5) for accuracy in accuracy_i],
+        "loss": sum(weight * loss for weight, loss in zip(weight_i, loss_i, strict=False)) / sum(weight_i),
+        "loss_by_step": [round(loss, 5) for loss in loss_i[:unrolled]],
+        "accuracy_by_step": [round(accuracy, 5) for accuracy in accuracy_i[:unrolled]],
         "expected_length": 1 + sum(math.prod(accuracy_i[: i + 1]) for i in range(steps)),
         "coverage": counts[0] / max(rows[0], 1),
         "tokens": int(tokens),

@@ -163,8 +163,10 @@ class Muon(torch.optim.AdamW):
 
     def _shared(self, update_P: Tensor, partition: Partition) -> Tensor:
         """This rank's part of the scaled orthogonal matrices. Collective."""
-        gathered_WP = update_P.new_empty(partition.world, len(update_P))
-        dist.all_gather_into_tensor(gathered_WP.view(-1), update_P)
+        alone = partition.world == 1
+        gathered_WP = update_P[None] if alone else update_P.new_empty(partition.world, len(update_P))
+        if not alone:
+            dist.all_gather_into_tensor(gathered_WP.view(-1), update_P)
         updates = partition.matrices(partition.by_run(gathered_WP))
         sizes = [part * partition.world for part in partition.parts]
         flat = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
@@ -172,5 +174,6 @@ class Muon(torch.optim.AdamW):
         for update, step, owner in zip(updates, steps, partition.owners(), strict=True):
             if owner == partition.rank:
                 step.copy_(orthogonal(update, self.dtype))
-        dist.all_reduce(flat)  # zeros on all ranks but the owner: exact
+        if not alone:
+            dist.all_reduce(flat)  # zeros on all ranks but the owner: exact
         return partition.own(steps, [scale(step.shape) for step in steps], update_P.dtype)

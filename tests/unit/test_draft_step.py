@@ -15,6 +15,7 @@ from specforge.draft import unroll as unroll_module
 from specforge.draft.model import DraftConfig, Eagle3Draft, Rotary
 from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, FeatureRecord, TargetHead
+from specforge.train.loop import unrolled_steps
 from tests.dense_reference import step_losses
 
 STEPS, DECAY, V, H = 7, 0.8, 60, 32
@@ -335,3 +336,28 @@ def test_a_batch_without_predictions_gives_zero():
     loss, _, counts, _ = ours(draft, head, kept, [pack(records, torch.float32)])
     assert loss.item() == 0.0
     assert counts.sum() == 0
+
+
+@pytest.mark.parametrize("unrolled", [1, 3, STEPS])
+def test_fewer_unrolled_steps_are_a_shorter_sum(unrolled):
+    """What training begins with: the first steps alone, in value and in every gradient."""
+    draft, head, kept, dense, records = make(0.8, torch.float64)
+    step = DraftStep(draft, head, kept, STEPS, DECAY)
+    step.unrolled = unrolled
+    batch = pack(records, torch.float64)
+    result = step(batch, step.loss_rows(batch))
+    result.loss.backward()
+    loss, sums, *_, weights = reference(draft, head, kept, dense, unrolled)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-9, atol=0)
+    assert difference(draft, weights) < 1e-9
+    assert result.loss_sum.tolist() == pytest.approx([*map(float, sums), *[0.0] * (STEPS - unrolled)])
+    assert result.rows[unrolled:].tolist() == [0] * (STEPS - unrolled)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+def test_the_unrolled_steps_grow_evenly_to_all(growth):
+    found = [unrolled_steps(update, 140, STEPS, growth) for update in range(140)]
+    assert found == sorted(found)
+    assert found[-1] == STEPS
+    counts = [found.count(steps) for steps in range(1, STEPS)]
+    assert counts == [round(growth * 20)] * (STEPS - 1)
