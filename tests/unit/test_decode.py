@@ -70,7 +70,8 @@ def test_what_a_prompt_draws_does_not_depend_on_its_company(made, shape):
 
 
 def test_paths_of_a_session_are_continuations_of_what_is_kept(made):
-    """fp32, another number of rows in each product: 1e-5."""
+    """fp32, another number of rows in each product: 3e-6 of the largest value on CPUs with AVX-512 and with AVX2. A
+    path that sees one token more or less of what is kept is 0.3 of it apart."""
     engine, _, prompts, _ = made
     session = engine.session()
     session.extend({5: [prompts[0]]}, only_last=True)
@@ -81,8 +82,8 @@ def test_paths_of_a_session_are_continuations_of_what_is_kept(made):
     states = session.extend({5: [[20, 21], [30]]})[5]
     for path, (logits_nV, aux_nA) in zip(([20, 21], [30]), states, strict=True):
         ((want_TV, want_TA),) = engine.session().extend({0: [[*prompts[0], 7, 8, *path]]})[0]
-        torch.testing.assert_close(logits_nV, want_TV[-len(path) :], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(aux_nA, want_TA[-len(path) :], rtol=1e-5, atol=1e-5)
+        for got_nD, want_nD in ((logits_nV, want_TV[-len(path) :]), (aux_nA, want_TA[-len(path) :])):
+            torch.testing.assert_close(got_nD, want_nD, rtol=0, atol=1e-5 * float(want_nD.abs().max()))
 
 
 def test_a_text_ends_behind_its_stop_token_or_at_its_length():

@@ -420,6 +420,11 @@ def _load_runner(
     info: TargetInfo, ranks: Ranks, dtype: torch.dtype, tokens_per_batch: int, mem_frac: float, trust_remote_code: bool
 ) -> Any:
     on_cpu = ranks.device.type == "cpu"
+    if on_cpu:
+        # SGLang compiles a few pointwise operations. torch's cache of compiled graphs (a folder in /tmp that outlives
+        # the process) does not tell AVX-512 from AVX2, so that a graph made for one CPU gives wrong token ids or a
+        # crash on another: https://docs.pytorch.org/docs/stable/generated/torch.compiler.set_stance.html
+        torch.compiler.set_stance("force_eager")
     if on_cpu and ranks.tp_size > 1:  # more ranks than NUMA nodes: SGLang wants to be told each rank's cores
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
         share = max(1, len(cores) // ranks.tp_size)
