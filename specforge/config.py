@@ -35,7 +35,9 @@ class EngineSettings(Settings):
     engine: Literal["auto", "sglang", "hf"] = Field("auto", description="auto: SGLang wherever it imports")
     tp_size: int = Field(1, ge=1, description="ranks that share one copy of the target")
     mem_frac: float = Field(0.75, gt=0, lt=1, description="share of each GPU's memory for the target and its cache")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as stored")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: as stored; float32 on a CPU without instructions for that"
+    )
     aux_layers: tuple[int, ...] | None = Field(
         None, description="three layer ids, id k = output of layer k (default: 1, N//2-1, N-4)"
     )

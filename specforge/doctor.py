@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from specforge import hardware
 from specforge.config import DoctorSettings
 from specforge.console import console
 from specforge.files import memory_bytes
@@ -60,6 +61,8 @@ def findings() -> Iterator[Finding]:
             yield Finding(what=f"GPU {number}", state=f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     else:
         yield Finding(what="GPU", state=f"none; {len(os.sched_getaffinity(0))} CPU cores (small targets only)")
+    dtype = hardware.compute_dtype(torch.bfloat16)
+    yield Finding(what="compute dtype", state=hardware.described(dtype, torch.bfloat16))
     memory = memory_bytes() / 2**30
     if memory < 4:
         yield Finding(what="memory", state=f"{memory:.0f} GiB, 4 are needed", fix="use a larger machine", fatal=True)

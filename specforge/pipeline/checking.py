@@ -24,7 +24,15 @@ from specforge.evaluate.acceptance import surprise, teacher_forced
 from specforge.evaluate.agreement import Agreement, agreement
 from specforge.evaluate.shape import Shape
 from specforge.features.store import Store
-from specforge.pipeline.shared import SERVED_STEPS, check_lengths, check_target, leave, say_serving, start_engine
+from specforge.pipeline.shared import (
+    SERVED_STEPS,
+    check_lengths,
+    check_target,
+    drafting_dtype,
+    leave,
+    say_serving,
+    start_engine,
+)
 from specforge.records import HARDLY, Acceptance, Example, FeatureBatch, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
@@ -286,7 +294,7 @@ def _measure(
     ranks: Ranks,
     engine: TargetEngine | None,
 ) -> None:
-    dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
+    dtype = drafting_dtype(info, engine, ranks)
     embedding_VH = weights.load_head(info, dtype).embedding_VH.to(ranks.device)
     batches = [FeatureBatch.pack([record], ranks.device, dtype) for record in records]
     if ranks.rank:

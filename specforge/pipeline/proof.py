@@ -29,7 +29,15 @@ from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
 from specforge.pipeline.decoding import check_room, decoding, shape_of, shapes_of
-from specforge.pipeline.shared import SERVED_STEPS, check_lengths, check_target, leave, say_serving, start_engine
+from specforge.pipeline.shared import (
+    SERVED_STEPS,
+    check_lengths,
+    check_target,
+    drafting_dtype,
+    leave,
+    say_serving,
+    start_engine,
+)
 from specforge.records import Example, Ranks, RecordSource, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
@@ -80,7 +88,7 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
     if chosen and engine is not None:
         check_room(settings, engine, chosen, shapes_of(settings, shape, config.draft_vocab_size))
 
-    dtype = torch.float32 if torch.float32 in (info.dtype, engine.dtype if engine else None) else torch.bfloat16
+    dtype = drafting_dtype(info, engine, ranks)
     draft, kept_D = draft_folder.load(settings.draft, dtype)
     drafting = Drafting(
         draft=draft.to(ranks.device).eval(),

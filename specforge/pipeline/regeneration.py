@@ -57,7 +57,7 @@ def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> 
 def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:
     import torch.distributed as dist
 
-    from specforge import launch
+    from specforge import hardware, launch
     from specforge.data.regenerate import Regenerator
     from specforge.data.tokenize import ChatTokenizer
     from specforge.pipeline.shared import leave, start_engine
@@ -74,7 +74,7 @@ def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int 
         "target": info.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "template": tokenizer.template_fingerprint,
-        "dtype": str(info.dtype).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype,
+        "dtype": hardware.name(engines.dtype_of(settings, info)),
     }
     finished = _finished(settings, made_from)
     code = launch.start_ranks(settings.tp_size, replicas=False)

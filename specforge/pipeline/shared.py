@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from specforge import console
+from specforge import console, hardware
 from specforge.config import PrepareHiddenSettings, TrainSettings
 from specforge.console import is_main_rank, say
 from specforge.data import prepared
@@ -26,11 +27,18 @@ from specforge.target import engine as engines
 def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path) -> TargetEngine:
     console.quiet(log_folder / log_name())
     engine = engines.load(settings, info, ranks)
-    say(f"target {info.path} in {engine.name}, {engine.dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
+    dtype = hardware.described(engine.dtype, info.dtype, ranks.device)
+    say(f"target {info.path} in {engine.name}, {dtype}, {ranks.world} rank(s), tensor parallel {ranks.tp_size}")
     if not engine.serves_eagle3:
         kind = info.config.get("model_type")
         say(f"[yellow]note[/] SGLang has no EAGLE-3 for {kind}: a draft can be trained, but not served there")
     return engine
+
+
+def drafting_dtype(info: TargetInfo, engine: TargetEngine | None, ranks: Ranks) -> torch.dtype:
+    """The dtype of a draft that is measured: bf16, or float32 beside a target in float32 and on a CPU without bf16."""
+    wide = torch.float32 in (info.dtype, engine.dtype if engine else None)
+    return torch.float32 if wide else hardware.compute_dtype(torch.bfloat16, ranks.device)
 
 
 def log_name() -> str:
@@ -86,7 +94,7 @@ def manifest_of(
     tokenizer: ChatTokenizer,
     examples: Sequence[Example],
 ) -> Manifest:
-    dtype = info.dtype if settings.dtype == "auto" else engines.DTYPES[settings.dtype]
+    dtype = engines.dtype_of(settings, info)
     return Manifest(
         target=info.path if settings.model_path is None else settings.model_path,
         target_fingerprint=info.fingerprint,
@@ -95,8 +103,8 @@ def manifest_of(
         aux_layers=layers,
         data_hash=prepared.data_hash(examples),
         max_length=settings.max_length,
-        codec=codec_for(settings.codec, dtype),
-        dtype=str(dtype).removeprefix("torch."),
+        codec=codec_for(settings.codec, info.dtype if settings.dtype == "auto" else dtype),
+        dtype=hardware.name(dtype),
         hidden_size=info.hidden_size,
         num_records=len(examples),
         tokens_per_batch=settings.tokens_per_batch,

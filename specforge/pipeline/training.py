@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specforge import console, launch
+from specforge import console, hardware, launch
 from specforge.config import (
     TrainSettings,
 )
@@ -49,7 +49,7 @@ from specforge.target import weights
 from specforge.train import checkpoint, tracker
 from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training
-from specforge.train.optimizer import DraftOptimizer, deepspeed_config
+from specforge.train.optimizer import DraftOptimizer, deepspeed_config, training_dtype
 from specforge.train.plain import PlainOptimizer
 from specforge.train.recipe import Recipe, choose
 
@@ -105,8 +105,7 @@ def _train_from_store(
     ranks = launch.join(1)
     console.quiet(settings.output / log_name())
     sources: dict[str, RecordSource] = {name: StoreSource(store, 0, ranks.device) for name, store in stores.items()}
-    data_hash = stores["train"].manifest.data_hash
-    return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks)
+    return _train(settings, info, layers, one.data_hash, one.dtype, counts_V, tokenizer, sources, ranks)
 
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
@@ -136,8 +135,8 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
                 limit = settings.max_disk and settings.max_disk * len(examples) // sum(map(len, splits.values()))
                 kept = HybridSource(live, examples, settings.features / name, manifests[name], ranks, limit)
                 sources[name] = stack.enter_context(kept)
-        data_hash = prepared.data_hash(splits["train"])
-        return _train(settings, info, layers, data_hash, counts_V, tokenizer, sources, ranks, engine)
+        data_hash, target_dtype = prepared.data_hash(splits["train"]), hardware.name(engine.dtype)
+        return _train(settings, info, layers, data_hash, target_dtype, counts_V, tokenizer, sources, ranks, engine)
 
 
 def _train(
@@ -145,6 +144,7 @@ def _train(
     info: TargetInfo,
     layers: tuple[int, ...],
     data_hash: str,
+    target_dtype: str,
     counts_V: NDArray[np.int64],
     tokenizer: ChatTokenizer,
     sources: dict[str, RecordSource],
@@ -153,8 +153,9 @@ def _train(
 ) -> int | None:
     """The same from here on, wherever the records come from; `engine` is the live one."""
     recipe, ds_config = _recipe(settings, int(sources["train"].lengths.sum()), info, ranks)
-    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-    identity = _identity(settings, recipe, info, layers, data_hash, str(dtype))
+    dtype = training_dtype(ds_config)
+    dtypes = {"dtype": hardware.name(dtype), "target_dtype": target_dtype}
+    identity = _identity(settings, recipe, info, layers, data_hash, dtypes)
     initial = _initial(settings, info, layers) if settings.init_from else None
     state, kept, tensors = _resume_point(settings, identity)
     if is_main_rank() and not settings.resume:  # or a later resume would find the run that was given up
@@ -187,7 +188,8 @@ def _train(
         say(f"going on after step {state.updates}, epoch {state.epoch + 1}")
     say(
         f"draft: {sum(p.numel() for p in draft.parameters()) / 1e6:.1f} M parameters, vocabulary {len(kept):,} "
-        f"({vocab.coverage(counts_V, kept):.1%} of the supervised tokens); {ranks.world} rank(s), {dtype}"
+        f"({vocab.coverage(counts_V, kept):.1%} of the supervised tokens); {ranks.world} rank(s), "
+        f"{hardware.described(dtype, torch.bfloat16, ranks.device)}"
     )
     held_out_rows = pack_rows(sources["test"].lengths, recipe.row_tokens, seed=0, epoch=0)
 
@@ -286,14 +288,20 @@ def _recipe(settings: TrainSettings, tokens: int, info: TargetInfo, ranks: Ranks
     """The run's recipe and its DeepSpeed configuration. A resumed run keeps what `auto` chose for it."""
     before = checkpoint.newest_identity(settings.output / "checkpoints") if settings.resume else None
     recipe, reasons = choose(settings, tokens, info.hidden_size, ranks.world, before)
-    ds_config = deepspeed_config(settings, recipe, ranks)
+    auto = engines.DTYPES[before["dtype"]] if before else hardware.compute_dtype(torch.bfloat16, ranks.device)
+    ds_config = deepspeed_config(settings, recipe, ranks, auto)
     for reason in reasons:
         say(reason)
     return recipe, ds_config
 
 
 def _identity(
-    settings: TrainSettings, recipe: Recipe, info: TargetInfo, layers: tuple[int, ...], data_hash: str, dtype: str
+    settings: TrainSettings,
+    recipe: Recipe,
+    info: TargetInfo,
+    layers: tuple[int, ...],
+    data_hash: str,
+    dtypes: dict[str, str],
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with."""
     shared = "loss steps step_decay ttt_growth epochs schedule max_grad_norm max_spike".split()
@@ -301,7 +309,7 @@ def _identity(
         "target_fingerprint": info.fingerprint,
         "data_hash": data_hash,
         "aux_layers": list(layers),
-        "dtype": dtype,
+        **dtypes,
         "seed": settings.seed,
         "draft_vocab_size": settings.draft_vocab_size,
         "draft_intermediate_size": settings.draft_intermediate_size,

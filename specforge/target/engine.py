@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge import hardware
 from specforge.config import EngineSettings
 from specforge.errors import ConfigError, EngineError, SpecforgeError
 from specforge.records import DraftJudge, Ranks, TargetEngine, TargetInfo
@@ -57,6 +58,11 @@ def check_tp(info: TargetInfo, tp_size: int, engine: str = "auto") -> None:
         )
 
 
+def dtype_of(settings: EngineSettings, info: TargetInfo) -> torch.dtype:
+    """The dtype that the target runs in."""
+    return hardware.compute_dtype(info.dtype) if settings.dtype == "auto" else DTYPES[settings.dtype]
+
+
 def aux_layers_of(settings: EngineSettings, info: TargetInfo) -> tuple[int, ...]:
     layers = settings.aux_layers or default_aux_layers(info.num_layers)
     check_aux_layers(layers, info.num_layers)
@@ -67,7 +73,7 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
     """The engine, self-checked. Raises EngineError where it cannot be loaded or fails the check."""
     check_tp(info, settings.tp_size, settings.engine)
     layers = aux_layers_of(settings, info)
-    dtype = info.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
+    dtype = dtype_of(settings, info)
     name = choose(settings.engine)
     try:
         if name == "sglang":

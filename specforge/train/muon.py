@@ -36,12 +36,6 @@ def is_muon(name: str, shape: torch.Size) -> bool:
     return len(shape) == 2 and not name.endswith(HEAD)
 
 
-def newton_schulz_dtype(training: torch.dtype, device: torch.device) -> torch.dtype:
-    """bf16 where training is in bf16 and the device multiplies it fast; else fp32."""
-    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if slow else training
-
-
 def orthogonal(update_nm: Tensor, dtype: torch.dtype) -> Tensor:
     """The update with its singular values brought near 1 (0.7 to 1.2), in `dtype`.
 

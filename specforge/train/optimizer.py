@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from specforge.config import TrainSettings
 from specforge.draft.step import StepResult
 from specforge.errors import ConfigError
+from specforge.hardware import compute_dtype
 from specforge.records import FeatureBatch, Ranks
-from specforge.train.muon import Muon, Partition, is_muon, newton_schulz_dtype
+from specforge.train.muon import Muon, Partition, is_muon
 from specforge.train.recipe import Recipe
 
 NAMES = {"muon": "Muon", "adamw": "AdamW"}  # --optimizer, and what ds_config.json calls it
@@ -36,7 +37,6 @@ def make_optimizer(
     """The optimizer that the filled DeepSpeed `config` describes, over these parameters. Each group has its peak
     learning rate as `peak`."""
     given = config["optimizer"]["params"]
-    training = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     groups = [{"params": [p for _, p in named], "peak": given["lr"]}]
     if config["optimizer"]["type"] == NAMES["muon"]:
         groups = [
@@ -44,7 +44,12 @@ def make_optimizer(
             {"params": [p for name, p in named if not is_muon(name, p.shape)], "peak": given["adam_lr"]},
         ]
     adam = {name: given[name] for name in PARAMETERS if name in given}
-    return Muon(groups, newton_schulz_dtype(training, device), device, **adam)
+    return Muon(groups, compute_dtype(training_dtype(config), device), device, **adam)
+
+
+def training_dtype(config: dict[str, Any]) -> torch.dtype:
+    """Of weights and activations, by the filled DeepSpeed `config`."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def moments(name: str, shape: torch.Size, config: dict[str, Any]) -> tuple[str, ...]:
@@ -59,9 +64,9 @@ def set_rates(optimizer: Any, share: float) -> None:
         group["lr"] = share * group["peak"]
 
 
-def deepspeed_config(settings: TrainSettings, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
-    """ds_config.json with its "auto" filled by the run's settings and recipe. A value there that contradicts them is an
-    error."""
+def deepspeed_config(settings: TrainSettings, recipe: Recipe, ranks: Ranks, training: torch.dtype) -> dict[str, Any]:
+    """ds_config.json with its "auto" filled by the run's settings and recipe, and by the dtype `training`. A value
+    there that contradicts settings or recipe is an error."""
     path = settings.deepspeed_config
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -77,12 +82,14 @@ def deepspeed_config(settings: TrainSettings, recipe: Recipe, ranks: Ranks) -> d
         ) from error
     stage = config.get("zero_optimization", {}).get("stage", 0)
     bf16 = config.get("bf16", {}).get("enabled", False)
+    if bf16 == "auto":
+        bf16 = config["bf16"]["enabled"] = training == torch.bfloat16
     if stage not in (0, 1, 2, 3) or config.get("fp16", {}).get("enabled") or (bf16 and stage == 0):
         raise ConfigError(
             "unsupported precision and ZeRO stage: fp32 takes 0 to 3, bf16 needs 1, 2 or 3 (stage 0 loses small "
             "updates); fp16 is not supported",
             where=f"{path}, 'bf16' and 'zero_optimization'",
-            fix='set "bf16": {"enabled": true} and "zero_optimization": {"stage": 2}',
+            fix='set "bf16": {"enabled": "auto"} and "zero_optimization": {"stage": 2}',
         )
     if bf16 and stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         raise ConfigError(

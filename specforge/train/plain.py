@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specforge.draft.step import DraftStep, StepResult
 from specforge.records import FeatureBatch, Ranks
-from specforge.train.optimizer import Update, make_optimizer, moments, read, set_rates
+from specforge.train.optimizer import Update, make_optimizer, moments, read, set_rates, training_dtype
 
 
 class PlainOptimizer:
@@ -21,12 +21,11 @@ class PlainOptimizer:
 
     def __init__(self, module: DraftStep, config: dict[str, Any], ranks: Ranks) -> None:
         self.module = module
-        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self._clip = float(config["gradient_clipping"])
         self._weights = {name: p.detach().float().clone() for name, p in module.draft.named_parameters()}
         self._config = config
         self._optimizer = make_optimizer(list(self._weights.items()), config, ranks.device)
-        module.draft.to(dtype)
+        module.draft.to(training_dtype(config))
 
     def accumulate(self, batches: Sequence[FeatureBatch | None], normaliser: Tensor) -> list[StepResult]:
         """As DraftOptimizer.accumulate; gradients are summed in fp32."""

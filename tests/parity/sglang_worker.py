@@ -112,7 +112,7 @@ def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:
     draft.initialise(head, kept, seed=0)
     step = DraftStep(draft, head, kept, 7, 0.8)
     recipe, _ = choose(settings, tokens=1000, hidden_size=engine.info.hidden_size, world=ranks.world)
-    optimizer = DraftOptimizer(step, deepspeed_config(settings, recipe, ranks), ranks)
+    optimizer = DraftOptimizer(step, deepspeed_config(settings, recipe, ranks, torch.bfloat16), ranks)
     source = LiveSource(engine, asked, ranks.tp_rank)
     rows = [[1], [2]] if ranks.tp_size == 2 else [[1, 2]]
     losses = []

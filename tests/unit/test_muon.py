@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specforge.draft.model import DraftConfig, Eagle3Draft
-from specforge.train import muon
 from specforge.train.muon import COEFFICIENTS, Muon, Partition, is_muon, orthogonal, orthogonal_flops
 
 LLAMA_8B = DraftConfig(
@@ -139,12 +138,3 @@ def test_the_cost_of_a_step_for_the_draft_of_an_8b_target():
             orthogonal(matrix, torch.bfloat16)
     assert counter.get_total_flops() == orthogonal_flops(matrix.shape for matrix in matrices.values())
     assert counter.get_total_flops() == 27_165_668_147_200
-
-
-def test_the_dtype_is_one_that_the_machine_multiplies_fast(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for fast in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda fast=fast: fast)
-        assert muon.newton_schulz_dtype(torch.bfloat16, cpu) is (torch.bfloat16 if fast else torch.float32)
-        assert muon.newton_schulz_dtype(torch.float32, cpu) is torch.float32
-        assert muon.newton_schulz_dtype(torch.bfloat16, gpu) is torch.bfloat16

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ OWN = Path(__file__).parents[2] / "ds_config.json"
 def with_config(tmp_path):
     """The result for the project's own ds_config.json with some keys replaced (dots go inside; None removes)."""
 
-    def make(changes=None, world=1, **given):
+    def make(changes=None, world=1, training=torch.bfloat16, **given):
         raw = json.loads(OWN.read_text())
         for place, value in (changes or {}).items():
             inner = raw
@@ -36,15 +37,15 @@ def with_config(tmp_path):
                 inner[last] = value
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(raw))
-        return filled(path, world, **given)
+        return filled(path, world, training, **given)
 
     return make
 
 
-def filled(path, world=1, **given):
+def filled(path, world=1, training=torch.bfloat16, **given):
     settings = TrainSettings(deepspeed_config=path, **{"batch_size": world, **given})
     recipe, _ = choose(settings, tokens=100_000, hidden_size=576, world=world)
-    return deepspeed_config(settings, recipe, Ranks(world=world))
+    return deepspeed_config(settings, recipe, Ranks(world=world), training)
 
 
 def refused(with_config, changes=None, **given):
@@ -71,6 +72,13 @@ def test_auto_is_filled_by_the_runs_settings(with_config, world):
     assert found["zero_optimization"]["stage"] == 2
     assert found["bf16"] == {"enabled": True}
     assert words_auto(found) == []
+
+
+@pytest.mark.parametrize("training", [torch.bfloat16, torch.float32])
+def test_auto_precision_is_the_machines_and_a_written_one_stays(with_config, training):
+    assert with_config(training=training)["bf16"] == {"enabled": training == torch.bfloat16}
+    for written in (True, False):
+        assert with_config({"bf16.enabled": written}, training=training)["bf16"] == {"enabled": written}
 
 
 def test_what_is_absent_is_filled_too(with_config):
