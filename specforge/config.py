@@ -327,7 +327,8 @@ class DemoSettings(Settings):
 
     output: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
     online: bool = Field(False, description="train with the live target; no features on disk")
-    epochs: int = Field(5, ge=1)
+    epochs: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="auto: what this machine does in 15 minutes")
+    draft_vocab_size: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="auto: likewise")
     fresh: bool = Field(True, description="start anew (else go on where an earlier demo was)")
 
 
