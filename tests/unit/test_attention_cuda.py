@@ -4,7 +4,6 @@ one dense softmax; the operators themselves on fake tensors, for schema and shap
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specforge.draft import step as step_module
 from specforge.draft.attention import Efficient, Flash, PackedAttention, attend, attend_packed, dense, kernel_for
-from specforge.draft.model import DraftConfig, Eagle3Draft
-from specforge.draft.step import DraftStep
 from specforge.draft.unroll import unroll
-from specforge.records import FeatureBatch, TargetHead
+from tests.draft_memory import META, draft_step, kept_bytes, supervised_row
 from tests.packed_attention import FILLED, LENGTHS, ROWS, TOTAL, inputs, worst
-from tests.unit.test_draft_step import CONFIG, STEPS, compare
+from tests.unit.test_draft_step import CONFIG, compare
 
 # --- torch's operators in plain Python. What they leave as it was in memory is NaN here.
 
@@ -223,30 +220,6 @@ def test_the_operators_take_what_they_are_given(dtype, size, kind, own):
 
 # --- What is kept for the backward, on torch's meta device, through torch's own operators
 
-META = torch.device("meta")
-
-
-class Kept:
-    """Bytes that autograd keeps, each storage once, but for those of `excluded`."""
-
-    def __init__(self, excluded=()):
-        self._known = {x.untyped_storage()._cdata for x in excluded}
-        self._kept = []  # keeps the storages alive: no two have one address
-        self.bytes = 0
-
-    def __call__(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self._kept.append(storage)
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def count(self, function):
-        with torch.autograd.graph.saved_tensors_hooks(self, lambda tensor: tensor):
-            function()
-        return self.bytes
-
 
 def kept_by_attention(tokens, dtype, one_call):
     """With six own columns; the second half of the tokens has rows."""
@@ -257,9 +230,9 @@ def kept_by_attention(tokens, dtype, one_call):
     rows_r = torch.arange(tokens // 2, tokens, device=META)
     if one_call:
         kernel = kernel_for(k).over((tokens // 4, tokens - tokens // 4), tokens, META)
-        return Kept().count(lambda: attend_packed(q, k, k, own, own, rows_r, kernel))
+        return kept_bytes(lambda: attend_packed(q, k, k, own, own, rows_r, kernel))
     segments = [(slice(0, tokens // 2), slice(0, tokens))]
-    return Kept().count(lambda: attend(q, k, k, own, own, rows_r, segments))
+    return kept_bytes(lambda: attend(q, k, k, own, own, rows_r, segments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -277,45 +250,12 @@ def test_scores_that_are_kept_are_seen():
     assert four - two > 3 * (two - one)
 
 
-def meta_step(config: DraftConfig, tokens: int, dtype: torch.dtype, steps: int = STEPS) -> DraftStep:
-    """On the meta device, as DraftStep makes it on a GPU."""
-    with META:
-        draft = Eagle3Draft(config).to(dtype)
-        embedding_VH = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-    head = TargetHead(embedding_VH=embedding_VH, head_VH=embedding_VH[: config.draft_vocab_size].clone())
-    kept_D = torch.arange(config.draft_vocab_size)
-    step = DraftStep(draft, replace(head, head_VH=torch.empty(config.vocab_size, 1)), kept_D, steps, 0.8)
-    step.frozen = (head, head.head_VH, kept_D.to(META), step.frozen[3])
-    return step
-
-
-def meta_batch(config: DraftConfig, lengths: tuple[int, ...], dtype: torch.dtype) -> FeatureBatch:
-    """Records on the meta device whose every token is supervised."""
-    total = sum(lengths)
-    with META:
-        on_device = {
-            "token_ids": torch.zeros(total, dtype=torch.int64),
-            "positions": torch.zeros(total, dtype=torch.int64),
-            "aux": torch.zeros(total, 3 * config.hidden_size, dtype=dtype),
-            "last": torch.zeros(total, config.hidden_size, dtype=dtype),
-            "teacher_lse": torch.zeros(total),
-        }
-    return FeatureBatch(
-        sample_ids=tuple(range(len(lengths))),
-        lengths=lengths,
-        depth=torch.cat([torch.arange(n - 2, -2, -1).clamp(min=0) for n in lengths]),
-        teacher_index=torch.arange(total),
-        teacher_top1=torch.zeros(total, dtype=torch.int64),
-        **on_device,
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_draft_step_keeps_bytes_in_proportion_to_the_tokens(dtype):
-    found = []
+    step, found = draft_step(CONFIG, dtype), []
+    frozen = [*step.parameters(), step.embedding_VH, step.frozen[1]]
     for tokens in (1024, 2048, 4096):
-        step, batch = meta_step(CONFIG, tokens, dtype), meta_batch(CONFIG, (tokens // 4, tokens - tokens // 4), dtype)
-        kept = Kept([*step.parameters(), step.embedding_VH, step.frozen[1]])
-        found.append(kept.count(lambda: step(batch, step.loss_rows(batch)).loss.backward()))  # noqa: B023
+        batch = supervised_row(CONFIG, (tokens // 4, tokens - tokens // 4), dtype)
+        found.append(kept_bytes(lambda: step(batch, step.loss_rows(batch)).loss.backward(), frozen))  # noqa: B023
     one, two, four = found
     assert four - two == pytest.approx(2 * (two - one), rel=1e-3)
