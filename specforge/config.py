@@ -138,11 +138,13 @@ class DraftSettings(VocabularySettings):
 
 
 class PlanSettings(CaptureSettings, DraftSettings):
-    """What a capture will cost in disk, memory and hours; loads no weights and needs no GPU."""
+    """What capture and training will cost in disk, memory and hours; loads no weights and needs no GPU."""
 
     row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row of the draft")
 
-    online: bool = Field(False, description="plan for training with the live target: the draft's memory too")
+    online: bool = Field(
+        False, description="plan for training with the live target, not for a capture and training from its store"
+    )
     tokens_per_second: float | None = Field(None, gt=0, description="rate of one copy of the target, for the hours")
     rate_from: Path | None = Field(
         None, description="a folder that prepare-hidden wrote: takes the rate measured there"

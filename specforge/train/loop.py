@@ -232,7 +232,7 @@ def _packed(run: Run, records: list[FeatureRecord]) -> FeatureBatch | None:
 def _save(run: Run, best: bool = False) -> None:
     """A checkpoint, and the draft as `best` where it is. Collective; rank 0 writes."""
     settings, state = run.settings, run.state
-    tensors = run.optimizer.state()
+    tensors = run.optimizer.state()  # on rank 0
     if is_main_rank():
         folder, draft, kept_D = run.output / "checkpoints", run.step.draft, run.step.kept_D
         if best:
