@@ -81,12 +81,17 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
         same_top1 += int((one.teacher_top1 == two.teacher_top1).sum())
         total += len(one.teacher_top1)
     aux, right = engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux
-    oracle.aux_layers = tuple(layer + 1 for layer in layers)
+    oracle.aux_layers = others = tuple(layer + 1 for layer in layers)
+    read_again = 0.0
+    if engines.read_layers(engine, others):  # as `check` does with a running engine
+        read_again = error(engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux)
+        engines.read_layers(engine, layers)
     result = {
         **worst,
         "top1": same_top1 / total,
         "shifted_token": error(aux[1:], right[:-1]),
         "shifted_layer": error(aux, oracle.capture(asked)[2].aux),
+        "read_again": read_again,
         "serves_eagle3": engine.serves_eagle3,
     }
     return engine, asked, result
