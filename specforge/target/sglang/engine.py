@@ -34,6 +34,7 @@ from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
+from specforge.target.teacher import Shard
 
 
 class SglangEngine:
@@ -352,7 +353,9 @@ class _Session:
 class _LogitsHook:
     """Reads the inputs of the logits processor: every token, after all reductions, before any pruning.
 
-    The teacher columns come from SGLang's own logits function, so its scale, soft cap and gather over ranks hold."""
+    The teacher columns come from SGLang's own head product, its scale and its soft cap. Each rank reduces its own shard
+    of the vocabulary, and the ranks exchange three numbers a row. SGLang's gather of whole logits is not called from
+    here: on some GPUs it hands out one shared buffer and relies on a collective between two calls."""
 
     NAMES = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
 
@@ -378,34 +381,28 @@ class _LogitsHook:
         if self.rows is None:
             return
         seen = dict(zip(self.NAMES, args, strict=False)) | kwargs
-        metadata = seen["logits_metadata"]
-        if isinstance(metadata, sgl.ForwardBatch):
-            metadata = sgl.LogitsMetadata.from_forward_batch(metadata)
         hidden: Tensor = seen["hidden_states"]
         aux = self._layers.states() if self._layers else seen["aux_hidden_states"]
         self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
         self.last = hidden[self.rows.to(hidden.device)]
-        top1, lse, kept = [], [], []
-        for piece in self.last.split(max(1, HEAD_LOGITS // module.config.vocab_size)):
-            logits = self._logits(module, piece, seen["lm_head"], metadata)[:, : module.config.vocab_size]
-            best, total = teacher.columns(logits, self._softcap)
-            top1.append(best)
-            lse.append(total)
+        shard, group = Shard(0, module.config.vocab_size), None
+        if module.do_tensor_parallel_all_gather:
+            of_head = seen["lm_head"].shard_indices
+            shard = Shard(of_head.org_vocab_start_index, of_head.num_org_elements)
+            group = sgl.get_tp_group().device_group
+        softcap = self._softcap or module.final_logit_softcapping
+        found, kept = [self.last.new_empty(0, 3, dtype=torch.float64)], []
+        for piece_nH in self.last.split(max(1, HEAD_LOGITS // module.config.vocab_size)):
+            logits_nW = module._compute_lm_head(piece_nH, seen["lm_head"])  # of this rank's shard, in the head's dtype
+            if module.logit_scale is not None:
+                logits_nW.mul_(module.logit_scale)
+            found.append(teacher.shard_columns(logits_nW, shard, softcap))
             if self.keep_logits:
-                kept.append(self.capped(logits.float()))
-        self.top1 = torch.cat(top1) if top1 else torch.empty(0, dtype=torch.int32, device=hidden.device)
-        self.lse = torch.cat(lse) if lse else torch.empty(0, device=hidden.device)
+                logits_nV = teacher.gathered(logits_nW, group)[:, : module.config.vocab_size]
+                kept.append(teacher.capped(logits_nV.float(), softcap))
+        self.top1, self.lse = teacher.merged(torch.cat(found), group)
         if self.keep_logits:
             self.logits = torch.cat(kept)
-
-    @staticmethod
-    def _logits(module: Any, hidden_nH: Tensor, head: Any, metadata: Any) -> Tensor:
-        """[n, V or more] SGLang's own logits. Where nothing but its head product makes them, they stay in the head's
-        dtype: their copy in fp32 costs as much as the product (benchmarks/LOG.md), and `columns` widens by pieces."""
-        scaled = module.logit_scale is not None or module.final_logit_softcapping
-        if scaled or module.do_tensor_parallel_all_gather:
-            return module._get_logits(hidden_nH, head, metadata, use_logits_buffer=False)
-        return module._compute_lm_head(hidden_nH, head)
 
 
 @contextlib.contextmanager
