@@ -111,6 +111,8 @@ def join(tp_size: int, dp_size: int | None = None) -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        for name in ("NCCL_NVLS_ENABLE", "NCCL_CUMEM_ENABLE"):  # buffers of gigabytes; off in SGLang's server too
+            os.environ.setdefault(name, "0")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()

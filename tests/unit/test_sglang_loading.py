@@ -26,8 +26,13 @@ def load(monkeypatch):
 
         monkeypatch.setattr(sgl, "ServerArgs", lambda **arguments: given.update(arguments) or SimpleNamespace())
         monkeypatch.setattr(sgl.PortArgs, "init_new", lambda args: None)
-        runner = SimpleNamespace(torch_runner=None)
-        monkeypatch.setattr(sgl, "one_batch", SimpleNamespace(load_model=recorded("load", (runner, None))))
+
+        def load_model(*args):
+            calls.append("load")
+            torch.set_num_threads(1)  # as SGLang's does on a GPU
+            return SimpleNamespace(torch_runner=None), None
+
+        monkeypatch.setattr(sgl, "one_batch", SimpleNamespace(load_model=load_model))
         monkeypatch.setattr(sgl, "spawn_world_rank", lambda *args, **kwargs: 0)
         for name in ("publish", *(name for name in sgl.__all__ if name.startswith("initialize_"))):
             monkeypatch.setattr(sgl, name, recorded(name))
@@ -49,7 +54,11 @@ def load(monkeypatch):
     ],
 )
 def test_the_attention_takes_the_dtype_and_nothing_is_fused_or_forgotten(load, device, dtype, backend):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     given, calls = load(device, dtype)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     assert given["attention_backend"] == backend
     assert given["enforce_disable_flashinfer_allreduce_fusion"]
     assert ("eager" in calls) == (device == "cpu")

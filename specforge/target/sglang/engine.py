@@ -475,5 +475,7 @@ def _load_runner(
             sgl.initialize_bf16_gemm_config,
         ):
             initialize()
+        threads = torch.get_num_threads()
         bench_runner, _ = sgl.one_batch.load_model(args, ports, gpu, ranks.tp_rank)
+        torch.set_num_threads(threads)  # on a GPU SGLang leaves one, for all later work on the host
     return bench_runner.torch_runner
