@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from specforge import launch
+from specforge import hardware, launch
 from specforge.alignment import teacher_rows
 from specforge.config import EngineSettings
 from specforge.records import Example, Ranks, TargetEngine
@@ -63,7 +63,9 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
     """The engine, the examples, and how far its states and teacher columns are from transformers'."""
     info = weights.describe(str(target))
     layers = weights.default_aux_layers(info.num_layers)
-    settings = EngineSettings(engine="sglang", tp_size=ranks.tp_size, tokens_per_batch=1024)
+    settings = EngineSettings(
+        engine="sglang", tp_size=ranks.tp_size, tokens_per_batch=1024, dtype=hardware.name(info.dtype)
+    )
     engine = engines.load(settings, info, ranks)  # with its self-check
     alone = type(ranks)(rank=0, world=1)
     oracle = HfEngine(info, layers, alone, dtype=info.dtype, tokens_per_batch=1024)
