@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from specforge import launch
+from specforge import hardware, launch
 from specforge.alignment import teacher_rows
 from specforge.config import DataSettings, EngineSettings
 from specforge.data import prepared
@@ -115,7 +115,7 @@ class Arms:
             data_hash="",
             max_length=2048,
             codec="bf16",
-            dtype=str(self.engine.dtype).removeprefix("torch."),
+            dtype=hardware.name(self.engine.dtype),
             hidden_size=self.info.hidden_size,
             num_records=len(self.examples),
             tokens_per_batch=TOKENS_PER_BATCH,

@@ -19,6 +19,19 @@ from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, TargetHead
 
 META = torch.device("meta")
+LLAMA_8B = DraftConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    vocab_size=128256,
+    draft_vocab_size=32000,
+    max_position_embeddings=131072,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    aux_layers=(1, 15, 28),
+)
 
 
 def draft_step(config: DraftConfig, dtype: torch.dtype, device: torch.device = META, steps: int = 7) -> DraftStep:

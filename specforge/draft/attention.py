@@ -12,8 +12,8 @@ by their log-sum-exp:
 The backward of these kernels takes its probabilities as exp(score - lse) and its row sums from out. Given the merged
 ones it computes exactly the step-0 part; the own part is the same formula by hand (FlashAttention-2, section 3).
 
-On a CPU each record is computed by itself (`attend`). On a GPU one call takes all records of a packed row
-(`attend_packed`). `dense`, one softmax over all columns, is the reference of both; decoding on a GPU uses it too."""
+On a CPU the kernel is called once for each record (`attend`), on a GPU once for all records of a packed row
+(`attend_packed`). `dense`, one softmax over all columns, is the reference for both. Decoding on a GPU uses it too."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Efficient(Flash):
         return q_TNE.unsqueeze(0), k_TNE.unsqueeze(0), v_TNE.unsqueeze(0)
 
     def _places(self, total: int) -> Tensor:
-        """Where each token stands in [records * filled tokens]."""
+        """The index of each token in [records * filled tokens]."""
         token_T = torch.arange(total, device=self.starts.device)
         record_T = torch.searchsorted(self.starts.long(), token_T, right=True) - 1
         return token_T - self.starts.index_select(0, record_T) + record_T * _filled(max(self.lengths))

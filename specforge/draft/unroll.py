@@ -46,8 +46,9 @@ class UnrolledStep:
 def unroll(
     draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int, kernel: Flash | None = None
 ) -> list[UnrolledStep]:
-    """All steps' hidden states; steps in which no row counts are empty. Never waits for the device. `kernel`: for the
-    attention, over the batch's records; default: on a CPU each record by itself, else what the GPU has."""
+    """All steps' hidden states; steps in which no row counts are empty. Never waits for the device. `kernel` computes
+    the attention of all records in one call. The default on a GPU is the kernel that fits it; a CPU calls its own
+    kernel once for each record."""
     spare = -len(batch.token_ids) % MULTIPLE
     tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
     device = tokens_T.device

@@ -102,7 +102,7 @@ def disk_figures(examples: list[Example], info: TargetInfo, wanted: str) -> list
 
 
 def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype, longest: int) -> list[Figure]:
-    """GPU memory of one rank: of capture and of training from the store, or of training beside the live target.
+    """GPU memory of one rank: of capture and of training from the store, or of training with the live target.
     `longest`: tokens of the longest sample."""
     target, draft = target_figures(settings, info, dtype), draft_figures(settings, info, longest)
     if settings.online:
@@ -202,7 +202,7 @@ def draft_figures(settings: PlanSettings, info: TargetInfo, longest: int) -> lis
             "B",
             f"kept for the backward: {settings.steps} steps over {row:,} tokens, all of which count (draft/memory.py)",
         ),
-        Figure("memory, loss", loss, "B", "beside that, at its peak"),
+        Figure("memory, loss", loss, "B", "on top of that, at its peak"),
         Figure("memory, gradient bucket", 2 * BUCKET, "B", f"DeepSpeed's, {BUCKET:,} values, during the backward"),
     ]
     update, free = update_bytes(parameters, matrices, world), kept + loss + 2 * BUCKET

@@ -36,7 +36,7 @@ def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path
 
 
 def drafting_dtype(info: TargetInfo, engine: TargetEngine | None, ranks: Ranks) -> torch.dtype:
-    """The dtype of a draft that is measured: bf16, or float32 beside a target in float32 and on a CPU without bf16."""
+    """The dtype of a draft that is measured: bf16, or float32 with a target in float32 or on a CPU without bf16."""
     wide = torch.float32 in (info.dtype, engine.dtype if engine else None)
     return torch.float32 if wide else hardware.compute_dtype(torch.bfloat16, ranks.device)
 

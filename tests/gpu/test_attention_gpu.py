@@ -12,10 +12,7 @@ import torch
 from specforge.draft.attention import Efficient, Flash, attend_packed, kernel_for
 from tests.packed_attention import LENGTHS, TOTAL, inputs, worst
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+pytestmark = pytest.mark.gpu
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 GPU = torch.device("cuda")
 LONG = (700, 1, 1500, 33)

@@ -205,7 +205,7 @@ def counted(config: DraftConfig, tokens: int, steps: int) -> dict[str, float]:
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("online", [False, True])
 def test_training_takes_what_is_planned(llama, tokens, online):
-    """Every line of the draft's, and their sum. Online the target's stand before them, with the states of a pass."""
+    """Every line of the draft's, and their sum. Online the target's come first, with the states of a pass."""
     info, weight_bytes = llama
     given = config.PlanSettings(model_path=info.path, data=info.path, row_tokens=tokens, online=online)
     lines = planning.memory_figures(given, info, torch.bfloat16, longest=1000)

@@ -21,8 +21,8 @@ def load(monkeypatch):
     def make(device: str, dtype: torch.dtype):
         calls, given = [], {}
 
-        def recorded(name, result=None):
-            return lambda *args, **kwargs: calls.append(name) or result
+        def recorded(name):
+            return lambda *args, **kwargs: calls.append(name)
 
         monkeypatch.setattr(sgl, "ServerArgs", lambda **arguments: given.update(arguments) or SimpleNamespace())
         monkeypatch.setattr(sgl.PortArgs, "init_new", lambda args: None)
@@ -36,13 +36,13 @@ def load(monkeypatch):
         monkeypatch.setattr(sgl, "spawn_world_rank", lambda *args, **kwargs: 0)
         for name in ("publish", *(name for name in sgl.__all__ if name.startswith("initialize_"))):
             monkeypatch.setattr(sgl, name, recorded(name))
-        stance = torch.compiler.set_stance
         monkeypatch.setattr(torch.compiler, "set_stance", recorded("eager"))
         sglang._load_runner(SimpleNamespace(path="t"), Ranks(device=torch.device(device)), dtype, 512, 0.5, False)
-        monkeypatch.setattr(torch.compiler, "set_stance", stance)
         return given, calls
 
-    return make
+    threads = torch.get_num_threads()
+    yield make
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,9 @@ def load(monkeypatch):
     ],
 )
 def test_the_attention_takes_the_dtype_and_nothing_is_fused_or_forgotten(load, device, dtype, backend):
-    threads = torch.get_num_threads()
     torch.set_num_threads(3)
     given, calls = load(device, dtype)
     assert torch.get_num_threads() == 3
-    torch.set_num_threads(threads)
     assert given["attention_backend"] == backend
     assert given["enforce_disable_flashinfer_allreduce_fusion"]
     assert ("eager" in calls) == (device == "cpu")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
+from specforge import hardware
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
 from specforge.records import (
@@ -438,7 +439,7 @@ def _load_runner(
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(group) for group in groups))
     args = sgl.ServerArgs(
         model_path=info.path,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=hardware.name(dtype),
         device=ranks.device.type,
         # SGLang's choice on a GPU may be a kernel for 16 bits only, whatever the dtype (fa3 on Hopper).
         attention_backend="torch_native" if on_cpu else "triton" if dtype == torch.float32 else None,
