@@ -119,7 +119,7 @@ def world_size() -> int:
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if _speaks():
-        show_error(message)
+        show_error(message + _own_rank())
         if debug:
             console.print(traceback.format_exc(), markup=False)
     return code
@@ -132,6 +132,13 @@ def _speaks() -> bool:
     from specforge import launch
 
     return launch.speaks()
+
+
+def _own_rank() -> str:
+    """A line that names this rank, where the fault may be its own."""
+    launch = sys.modules.get("specforge.launch")
+    apart = world_size() > 1 and launch and launch.joined()
+    return f"\n  rank:  {os.environ['RANK']} of {world_size()}" if apart else ""
 
 
 SETTINGS: dict[str, type[config.Settings]] = {

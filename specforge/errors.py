@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TOLD, UNTOLD = 2, 3  # exit codes of a rank: the user knows why the run ends, or only what ended another rank
+
 
 class SpecforgeError(Exception):
     """A fault that the user can mend.

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # its stubs leave them out
 
 from specforge.console import is_main_rank, say
-from specforge.errors import ConfigError
+from specforge.errors import TOLD, UNTOLD, ConfigError
 from specforge.records import Ranks
 
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
@@ -73,10 +74,12 @@ def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None,
         return 0 if saves and error.sigval == signal.SIGTERM else 128 + error.sigval
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if 2 not in codes.values():  # such a fault was explained by rank 0
-            ended = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in codes.items())
-            say(f"[bold red]error[/] ended: {ended}; see specforge.log and specforge-rank*.log in the output folder")
-        return next((code for code in codes.values() if code > 0), 1)
+        if TOLD in codes.values():
+            return TOLD
+        first = {rank: code for rank, code in codes.items() if code not in (UNTOLD, -signal.SIGTERM)}  # not for others
+        ended = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in (first or codes).items())
+        say(f"[bold red]error[/] ended: {ended}; see specforge.log and specforge-rank*.log in the output folder")
+        return 1
     return 0
 
 
@@ -148,12 +151,23 @@ def board(timeout: timedelta = TIMEOUT) -> Store:
 
 def speaks() -> bool:
     """Whether this rank tells the user of the fault that ends it: the first one that has such a fault does."""
-    if not _board_address or not dist.is_initialized():
+    if not joined():
         return is_main_rank()
-    try:
-        return board(timedelta(seconds=5)).add("faults", 1) == 1
-    except RuntimeError:  # rank 0, which serves the board, is gone: it has spoken or died
-        return False
+    number = list[int]()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0, which serves the board, is gone: it has spoken or died
+            number.append(board(timedelta(seconds=5)).add("faults", 1))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(6)  # a rank 0 that is stopped never answers
+    return number == [1]
+
+
+def joined() -> bool:
+    """Whether `join` has been called, and `leave` has not."""
+    return _board_address is not None and dist.is_initialized()
 
 
 def claimed(count: int, ranks: Ranks, name: str) -> Iterator[int]:
