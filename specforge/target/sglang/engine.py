@@ -6,7 +6,7 @@ import contextlib
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class SglangEngine:
     ) -> None:
         self.info, self.aux_layers = info, aux_layers
         self.device, self.dtype, self._ranks = ranks.device, dtype, ranks
+        self.on_pass: Callable[[], None] = lambda: None
         self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code)
         pool = self._runner.token_to_kv_pool_allocator.available_size()  # less than asked for where memory is short
         self.tokens_per_batch = min(tokens_per_batch, pool)
@@ -273,6 +274,7 @@ class SglangEngine:
     def _forward(self, batch: Any) -> Tensor:
         forward_batch = sgl.ForwardBatch.init_new(batch, self._runner, return_hidden_states_before_norm=False)
         logits: Tensor = self._runner.forward(forward_batch).logits_output.next_token_logits
+        self.on_pass()
         return logits
 
     def _clear(self) -> None:
