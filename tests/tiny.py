@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -64,6 +66,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, object]]] = {
         },
     ),
 }
+WRAPPED = "gemma3_vision"  # a language model inside a multimodal one; `make_wrapped`
 WORDS = "the a one two red blue cat dog house tree runs sees likes big small and then why how yes no maybe".split()
 
 
@@ -117,6 +120,8 @@ def make_target(
 ) -> Path:
     """A random model of 8 layers. With the default spread its greedy choices are far from ties; with the usual 0.02,
     rounding grows as it does in trained models. `settings` override the config."""
+    if family == WRAPPED:
+        return make_wrapped(folder, dtype, seed=seed, spread=spread)
     own = tokenizer()
     config_class, model_class, special = FAMILIES[family]
     usual = {
@@ -138,6 +143,27 @@ def make_target(
     model = model_class(config_class(**(usual | special | settings)))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     own.save_pretrained(folder)
+    return folder
+
+
+def make_wrapped(folder: Path, dtype: torch.dtype, **given: Any) -> Path:
+    """A Gemma 3 with a vision tower of as many layers, whose weights are left out: nothing here looks at pictures, and
+    transformers has no such model without torchvision. `folder`/text holds the language model alone."""
+    text = make_target(folder / "text", "gemma3", dtype, **given)
+    named = load_file(text / "model.safetensors")
+    save_file({f"language_model.{name}": tensor for name, tensor in named.items()}, folder / "model.safetensors")
+    tower = {"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    Gemma3Config(
+        text_config=json.loads((text / "config.json").read_text()),
+        vision_config=tower | {"image_size": 56, "patch_size": 14},
+        mm_tokens_per_image=4,
+        boi_token_index=500,
+        eoi_token_index=501,
+        image_token_index=502,
+        architectures=["Gemma3ForConditionalGeneration"],
+        dtype=dtype,
+    ).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine
+from specforge.target.sglang.layers import LayerHooks
 
 LENGTHS = (5, 64, 200, 33)
 
@@ -68,7 +69,10 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
     )
     engine = engines.load(settings, info, ranks)  # with its self-check
     alone = type(ranks)(rank=0, world=1)
-    oracle = HfEngine(info, layers, alone, dtype=info.dtype, tokens_per_batch=1024)
+    text = target / "text"  # where the target is multimodal: its language model
+    oracle = HfEngine(
+        weights.describe(str(text)) if text.exists() else info, layers, alone, dtype=info.dtype, tokens_per_batch=1024
+    )
     head = weights.load_head(info, info.dtype)
     asked = examples(info.vocab_size, seed=ranks.replica)  # replicas see different data
     worst = {"aux": 0.0, "last": 0.0, "lse": 0.0, "head_lse": 0.0}
@@ -97,9 +101,22 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
         "same_bits": same_bits,
         "gathered_rows": gathered_rows,
         "read_again": read_again,
+        "by_hooks": by_hooks(engine, asked),
         "serves_eagle3": engine.serves_eagle3,
     }
     return engine, asked, result
+
+
+def by_hooks(engine: TargetEngine, asked: list[Example]) -> float:
+    """How far the states of hooks on the layers are from those that SGLang captures itself: they are a pair, or lie in
+    the batch's residual stream. 0 where the engine needs hooks anyway."""
+    if not engine.serves_eagle3:
+        return 0.0
+    hooks = LayerHooks(engine._runner.model, engine.info.num_layers, engine.aux_layers)
+    own = torch.cat([record.aux for record in engine.capture(asked)])
+    found = torch.cat(hooks.states(), dim=-1)
+    hooks.remove()
+    return error(found, own)
 
 
 def vocabulary_parallel(engine: TargetEngine, asked: list[Example], ranks: Ranks) -> tuple[bool, int]:
@@ -117,7 +134,8 @@ def vocabulary_parallel(engine: TargetEngine, asked: list[Example], ranks: Ranks
     hook.keep_logits = True
     engine.capture(asked)
     hook.keep_logits = False
-    parts = hook.logits.split(-(-hook.logits.shape[1] // ranks.tp_size), dim=1)  # 512 ids: no rank has spare rows
+    shards = 1 if "Gemma3" in type(engine._runner.model).__name__ else ranks.tp_size  # there each rank has all of it
+    parts = hook.logits.split(-(-hook.logits.shape[1] // shards), dim=1)  # 512 ids: no rank has spare rows
     best_rn, lse_rn = map(torch.stack, zip(*map(teacher.columns, parts), strict=True))
     most_rn = torch.stack([part.amax(1) for part in parts])
     best_rn += torch.tensor([[at * parts[0].shape[1]] for at in range(len(parts))])

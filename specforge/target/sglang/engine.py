@@ -389,8 +389,8 @@ class _LogitsHook:
         self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
         self.last = hidden[self.rows.to(hidden.device)]
         shard, group = Shard(0, module.config.vocab_size), None
-        if module.do_tensor_parallel_all_gather:
-            of_head = seen["lm_head"].shard_indices
+        of_head = getattr(seen["lm_head"], "shard_indices", None)  # None: each rank has the whole head (Gemma 3)
+        if module.do_tensor_parallel_all_gather and of_head:
             shard = Shard(of_head.org_vocab_start_index, of_head.num_org_elements)
             group = sgl.get_tp_group().device_group
         softcap = self._softcap or module.final_logit_softcapping

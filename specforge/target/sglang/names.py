@@ -3,11 +3,13 @@
 from sglang.benchmark import one_batch
 from sglang.benchmark.one_batch import TreeCacheNamespace
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.layer_boundary.residual.access import snapshot
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
 from sglang.srt.layers.moe import initialize_moe_config
 from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
 from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -24,6 +26,7 @@ __all__ = [
     "LogitsMetadata",
     "LogitsProcessor",
     "PortArgs",
+    "RadixAttention",
     "Req",
     "SamplingParams",
     "ScheduleBatch",
@@ -40,5 +43,6 @@ __all__ = [
     "initialize_moe_config",
     "one_batch",
     "publish",
+    "snapshot",
     "spawn_world_rank",
 ]
