@@ -182,6 +182,7 @@ def join(tp_size: int, dp_size: int | None = None) -> Ranks:
         torch.cuda.set_device(device)
         for name in ("NCCL_NVLS_ENABLE", "NCCL_CUMEM_ENABLE"):  # buffers of gigabytes; off in SGLang's server too
             os.environ.setdefault(name, "0")
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # passes and steps of all sizes
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from specforge import hardware
-from specforge.config import EngineSettings
+from specforge.config import EngineSettings, RegenerateSettings
 from specforge.errors import ConfigError, EngineError, SpecforgeError
 from specforge.records import DraftJudge, Ranks, TargetEngine, TargetInfo
+from specforge.target.memory import is_out_of_memory
 from specforge.target.weights import check_aux_layers, default_aux_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -87,6 +88,7 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
                 tokens_per_batch=settings.tokens_per_batch,
                 mem_frac=settings.mem_frac,
                 trust_remote_code=settings.trust_remote_code,
+                answers=isinstance(settings, RegenerateSettings),
             )
         else:
             from specforge.target.hf_engine import HfEngine
@@ -106,10 +108,17 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
         raise EngineError(
             f"the {name} engine could not load the target: {type(error).__name__}: {str(error).splitlines()[0][:300]}",
             where=info.path,
-            fix="see specforge.log in the output folder (--debug shows the traceback); "
-            "out of memory: lower --mem-frac or raise --tp-size",
+            fix=_mended(error),
         ) from error
     return engine
+
+
+def _mended(error: Exception) -> str:
+    if "mem-fraction-static" in str(error):  # SGLang's share must hold the weights and the KV cache
+        return "raise --mem-frac or --tp-size, or lower --tokens-per-batch"
+    if is_out_of_memory(error):
+        return "lower --mem-frac, or raise --tp-size"
+    return "see specforge.log in the output folder (--debug shows the traceback)"
 
 
 def judge(engine: TargetEngine, config: dict[str, Any], tensors: dict[str, Tensor]) -> DraftJudge | str:

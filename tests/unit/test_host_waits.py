@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from specforge.config import TrainSettings
 from specforge.draft.step import DraftStep
 from specforge.records import FeatureBatch, Ranks, TargetHead
+from specforge.target.sglang import names as sgl
+from specforge.target.sglang.engine import SglangEngine, _LogitsHook
 from specforge.train import loop
 from specforge.train.checkpoint import RunState
 from specforge.train.optimizer import NAMES, read
@@ -103,3 +106,35 @@ def test_another_reading_or_copy_would_be_counted():
         float(torch.zeros((), device=META))
         torch.zeros(3).to(META)
     assert (reads.count, reads.copies) == (2, 1)
+
+
+def test_a_pass_of_the_target_reads_the_device_for_nothing(monkeypatch):
+    """From the batch's token ids to the hook's columns: the results are the first that is waited for."""
+    ids = torch.arange(6)
+    batch = SimpleNamespace(prepare_for_extend=lambda: None, input_ids=None, prefill_input_ids_cpu=ids, device=META)
+    schedule = SimpleNamespace(init_new=lambda **_: batch)
+    monkeypatch.setattr(sgl, "ScheduleBatch", schedule)
+    monkeypatch.setattr(sgl, "get_schedule", lambda: SimpleNamespace(page_size=1))
+    head_VH, hook = torch.empty(300, 16, device=META), _LogitsHook(None)
+    processor = Mock(  # hashable
+        config=SimpleNamespace(vocab_size=300),
+        do_tensor_parallel_all_gather=False,
+        final_logit_softcapping=None,
+        logit_scale=0.5,
+        _compute_lm_head=lambda hidden_nH, head_VH: hidden_nH @ head_VH.T,
+    )
+    hidden_TH = torch.empty(6, 16, device=META)
+    inputs = {"hidden_states": hidden_TH, "lm_head": head_VH, "aux_hidden_states": [hidden_TH] * 3}
+    engine = SimpleNamespace(
+        _runner=SimpleNamespace(
+            req_to_token_pool=None, token_to_kv_pool_allocator=None, device=META, model_config=None
+        ),
+        _forward=lambda _: hook(processor, (), inputs),
+        device=META,
+    )
+    with Reads() as reads:
+        hook.rows = SglangEngine._on_device(engine, torch.tensor([1, 2, 4]))
+        SglangEngine._extend(engine, [[1, 2, 3], [4, 5, 6]])
+    assert (reads.count, reads.copies) == (0, 0)
+    assert hook.top1.shape == hook.lse.shape == (3,)
+    assert hook.aux.shape == (6, 48)

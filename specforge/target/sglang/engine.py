@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from array import array
 from collections import deque
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+import xxhash
 from torch import Tensor
 
 from specforge import hardware
@@ -53,13 +55,17 @@ class SglangEngine:
         tokens_per_batch: int,
         mem_frac: float,
         trust_remote_code: bool = False,
+        answers: bool = False,
     ) -> None:
+        """`answers`: on a GPU the KV pool takes what `mem_frac` leaves, for many answers at once; else one batch."""
         self.info, self.aux_layers = info, aux_layers
         self.device, self.dtype, self._ranks = ranks.device, dtype, ranks
         self.on_pass: Callable[[], None] = lambda: None
-        self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code)
-        pool = self._runner.token_to_kv_pool_allocator.available_size()  # less than asked for where memory is short
-        self.tokens_per_batch = min(tokens_per_batch, pool)
+        whole = answers and self.device.type == "cuda"
+        self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code, whole)
+        # Less than one batch where memory is short.
+        self._pool: int = self._runner.token_to_kv_pool_allocator.available_size()
+        self.tokens_per_batch = min(tokens_per_batch, self._pool)
         model = self._runner.model
         layers = None
         self.serves_eagle3 = hasattr(model, "set_eagle3_layers_to_capture")
@@ -108,11 +114,25 @@ class SglangEngine:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=sgl.get_tp_group().cpu_group)
         return bool(flag)
 
+    def _agree(self, drafted: Sequence[tuple[int, list[int]]]) -> None:
+        """Each tensor-parallel rank drafts for itself, from the same states. Raises EngineError where they differ."""
+        if self._ranks.tp_size == 1:
+            return
+        own = xxhash.xxh3_64_intdigest(json.dumps(drafted).encode()) >> 1
+        both = torch.tensor([own, -own])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=sgl.get_tp_group().cpu_group)
+        if both[0] != -both[1]:
+            raise EngineError(
+                "the tensor-parallel ranks drafted different tokens from the same states",
+                where=self.info.path,
+                fix="report it with the kind of GPU; benchmark with --tp-size 1 or --server meanwhile",
+            )
+
     def _capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
         lengths = [len(example.token_ids) for example in examples]
         rows_S = teacher_rows(np.concatenate([example.loss_mask for example in examples]), lengths)
         counts = np.diff(np.searchsorted(rows_S, np.cumsum(lengths)), prepend=0).tolist()  # of each example
-        self._hook.rows = torch.from_numpy(rows_S)
+        self._hook.rows = self._on_device(torch.from_numpy(rows_S))
         self._prefill([example.token_ids.tolist() for example in examples])
         seen = self._hook
         teachers = zip(seen.last.split(counts), seen.top1.cpu().split(counts), seen.lse.split(counts), strict=True)
@@ -132,6 +152,13 @@ class SglangEngine:
         ]
 
     def session(self) -> DecodeSession:
+        page = sgl.get_schedule().page_size
+        if page > 1:
+            raise EngineError(
+                f"SGLang keeps this target's KV cache in pages of {page} tokens; decoding here needs pages of one",
+                where=self.info.path,
+                fix="benchmark through a server: --server URL, or --launch",
+            )
         return _Session(self)
 
     @torch.no_grad()
@@ -179,12 +206,15 @@ class SglangEngine:
     def _admit(
         self, waiting: deque[Prompt], running: Sequence[_Running], sampling: Sampling, at_once: int
     ) -> list[_Running]:
-        """The prompts at the left of `waiting` whose whole answers fit beside those that run."""
-        free = self.tokens_per_batch - sum(len(one.prompt.token_ids) + sampling.max_new_tokens for one in running)
+        """The prompts at the left of `waiting` that fit into one pass, and whose whole answers fit beside those that
+        run."""
+        free = self._pool - sum(len(one.prompt.token_ids) + sampling.max_new_tokens for one in running)
+        room = self.tokens_per_batch
         joining = list[_Running]()
         while waiting and len(running) + len(joining) < min(at_once, MAX_EXAMPLES):
             free -= len(waiting[0].token_ids) + sampling.max_new_tokens
-            if free < 0:
+            room -= len(waiting[0].token_ids)
+            if free < 0 or room < 0:
                 break
             prompt = waiting.popleft()
             joining.append(_Running(prompt=prompt, draws=generator(prompt.seed, self.device), answer=[]))
@@ -201,10 +231,15 @@ class SglangEngine:
         batch.filter_batch(keep_indices=going)
 
     def self_check(self) -> None:
-        """One prefill; see the protocol. Catches deferred all-reduces (partial sums) and a wrong head."""
+        """See the protocol. On a GPU kernels and reductions depend on the number of tokens, up to 2,048 of them."""
+        for length in (16, min(2049, self.tokens_per_batch)) if self.device.type == "cuda" else (16,):
+            self._check_pass(length)
+
+    def _check_pass(self, length: int) -> None:
+        """One prefill. Catches deferred all-reduces (partial sums) and a wrong head."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.info.vocab_size, (16,), generator=generator).tolist()
-        self._hook.rows = torch.arange(len(ids))
+        ids = torch.randint(0, self.info.vocab_size, (length,), generator=generator).tolist()
+        self._hook.rows = self._on_device(torch.arange(length))
         emitted_V = self._prefill([ids])[-1].float()
         states = torch.cat([self._hook.aux.flatten(), self._hook.last.flatten()])
         fix = "report the model and SGLang's version; --engine hf works meanwhile"
@@ -267,9 +302,13 @@ class SglangEngine:
         )
         batch.prepare_for_extend()
         if batch.input_ids is None:
-            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device, non_blocking=True)  # pinned
             batch.prefill_input_ids_cpu = None
         return batch, self._forward(batch)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        """Copied before the forward, without a wait."""
+        return (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
 
     def _forward(self, batch: Any) -> Tensor:
         forward_batch = sgl.ForwardBatch.init_new(batch, self._runner, return_hidden_states_before_norm=False)
@@ -310,8 +349,10 @@ class _Session:
             self._slots.setdefault(number, torch.empty(0, dtype=torch.int64, device=self._engine.device))
         flat = [(number, list(path)) for number, of_one in paths.items() for path in of_one]
         engine, lengths = self._engine, [len(path) for _, path in flat]
+        engine._agree(flat)
         engine._runner.req_to_token_pool.clear()
-        engine._hook.rows = torch.tensor(lengths).cumsum(0) - 1 if only_last else torch.arange(sum(lengths))
+        rows = torch.tensor(lengths).cumsum(0) - 1 if only_last else torch.arange(sum(lengths))
+        engine._hook.rows = engine._on_device(rows)
         engine._hook.keep_logits = True
         sequences, prefixes = [self._ids[n] + path for n, path in flat], [self._slots[n] for n, _ in flat]
         try:
@@ -365,7 +406,7 @@ class _LogitsHook:
     def __init__(self, layers: LayerHooks | None) -> None:
         """`layers` holds the aux states of a model that does not hand them over itself; `softcaps` is what SGLang's
         logits function leaves to us, for each processor."""
-        self.rows: Tensor | None = None
+        self.rows: Tensor | None = None  # on the engine's device
         self.keep_logits = False
         self.softcaps = dict[Any, float | None]()
         self._softcap: float | None = None
@@ -387,7 +428,7 @@ class _LogitsHook:
         hidden: Tensor = seen["hidden_states"]
         aux = self._layers.states() if self._layers else seen["aux_hidden_states"]
         self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
-        self.last = hidden[self.rows.to(hidden.device)]
+        self.last = hidden[self.rows]
         shard, group = Shard(0, module.config.vocab_size), None
         of_head = getattr(seen["lm_head"], "shard_indices", None)  # None: each rank has the whole head (Gemma 3)
         if module.do_tensor_parallel_all_gather and of_head:
@@ -425,8 +466,21 @@ def _default_group(group: dist.ProcessGroup | None) -> Iterator[None]:
         c10d._update_default_pg(world)
 
 
+def _context_length(info: TargetInfo, tokens_per_batch: int) -> int | None:
+    """SGLang's table of places takes 4 bytes for each of its tokens and each request: 10 GB at 10 million. None: as
+    the target's config has it, which may not be exceeded."""
+    own = info.config.get("max_position_embeddings")
+    return tokens_per_batch if isinstance(own, int) and tokens_per_batch < own else None
+
+
 def _load_runner(
-    info: TargetInfo, ranks: Ranks, dtype: torch.dtype, tokens_per_batch: int, mem_frac: float, trust_remote_code: bool
+    info: TargetInfo,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    tokens_per_batch: int,
+    mem_frac: float,
+    trust_remote_code: bool,
+    whole_pool: bool = False,
 ) -> Any:
     on_cpu = ranks.device.type == "cpu"
     if on_cpu:
@@ -447,7 +501,9 @@ def _load_runner(
         attention_backend="torch_native" if on_cpu else "triton" if dtype == torch.float32 else None,
         tp_size=ranks.tp_size,
         mem_fraction_static=mem_frac,
-        max_total_tokens=tokens_per_batch + MAX_EXAMPLES,  # the KV pool: one batch, nothing is kept between batches
+        context_length=_context_length(info, tokens_per_batch),
+        # The KV pool: one batch, for nothing is kept between batches; None: what mem_frac leaves.
+        max_total_tokens=None if whole_pool else tokens_per_batch + MAX_EXAMPLES,
         max_running_requests=MAX_EXAMPLES,
         page_size=1,
         chunked_prefill_size=-1,  # a chunked prefill would split a sequence over two forwards
