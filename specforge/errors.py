@@ -47,3 +47,9 @@ class TrainingError(SpecforgeError):
 
 class CheckpointError(SpecforgeError):
     """A draft folder or checkpoint that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short; its type where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0][:300] if said else type(error).__name__

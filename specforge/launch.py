@@ -24,7 +24,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # its stubs leave
 )
 
 from specforge.console import is_main_rank, show_error
-from specforge.errors import TOLD, UNTOLD, ConfigError, EngineError
+from specforge.errors import TOLD, UNTOLD, ConfigError, EngineError, first_line
 from specforge.records import Ranks
 
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
@@ -234,7 +234,7 @@ def lost_others(error: Exception) -> int:
     if not speaks():
         return UNTOLD
     gone = EngineError(
-        f"rank {os.environ['RANK']} lost another rank: {str(error).splitlines()[0]}",
+        f"rank {os.environ['RANK']} lost another rank: {first_line(error)}",
         where="the network, or the machine of the other rank",
         fix="run the same command again: capture, training and regenerate go on where they were",
     )

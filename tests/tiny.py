@@ -16,6 +16,9 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -66,7 +69,18 @@ FAMILIES: dict[str, tuple[type, type, dict[str, object]]] = {
         },
     ),
 }
-WRAPPED = "gemma3_vision"  # a language model inside a multimodal one; `make_wrapped`
+DENSE_LLAMA4 = {  # SGLang has no such experts on a CPU
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 100,
+    "moe_layers": [],
+    "attention_chunk_size": 64,
+}
+LLAMA4 = (Llama4TextConfig, Llama4ForCausalLM, DENSE_LLAMA4)
+WRAPPED = {  # language models inside multimodal ones: `make_wrapped`
+    "gemma3_vision": (Gemma3Config, "Gemma3ForConditionalGeneration"),
+    "llama4_vision": (Llama4Config, "Llama4ForConditionalGeneration"),
+}
 WORDS = "the a one two red blue cat dog house tree runs sees likes big small and then why how yes no maybe".split()
 
 
@@ -120,10 +134,10 @@ def make_target(
 ) -> Path:
     """A random model of 8 layers. With the default spread its greedy choices are far from ties; with the usual 0.02,
     rounding grows as it does in trained models. `settings` override the config."""
-    if family == WRAPPED:
-        return make_wrapped(folder, dtype, seed=seed, spread=spread)
+    if family in WRAPPED:
+        return make_wrapped(folder, family, dtype, seed=seed, spread=spread)
     own = tokenizer()
-    config_class, model_class, special = FAMILIES[family]
+    config_class, model_class, special = (FAMILIES | {"llama4": LLAMA4})[family]
     usual = {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -146,21 +160,21 @@ def make_target(
     return folder
 
 
-def make_wrapped(folder: Path, dtype: torch.dtype, **given: Any) -> Path:
-    """A Gemma 3 with a vision tower of as many layers, whose weights are left out: nothing here looks at pictures, and
-    transformers has no such model without torchvision. `folder`/text holds the language model alone."""
-    text = make_target(folder / "text", "gemma3", dtype, **given)
+def make_wrapped(folder: Path, family: str, dtype: torch.dtype, **given: Any) -> Path:
+    """A language model with a vision tower of as many layers, whose weights are left out: nothing here looks at
+    pictures. `folder`/text holds the language model alone."""
+    base, (config_class, architecture) = family.removesuffix("_vision"), WRAPPED[family]
+    text = make_target(folder / "text", base, dtype, **given)
     named = load_file(text / "model.safetensors")
     save_file({f"language_model.{name}": tensor for name, tensor in named.items()}, folder / "model.safetensors")
     tower = {"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
-    Gemma3Config(
+    config_class(
         text_config=json.loads((text / "config.json").read_text()),
         vision_config=tower | {"image_size": 56, "patch_size": 14},
-        mm_tokens_per_image=4,
         boi_token_index=500,
         eoi_token_index=501,
         image_token_index=502,
-        architectures=["Gemma3ForConditionalGeneration"],
+        architectures=[architecture],
         dtype=dtype,
     ).save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import xxhash
 from tokenizers import Tokenizer
 
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, first_line
 from specforge.records import Conversation, Message
 
 LOOKS_SPECIAL = re.compile(
@@ -142,7 +142,7 @@ def read_special_texts(model_path: str) -> list[str]:
         )
     except Exception as error:  # the library raises a bare Exception
         raise ConfigError(
-            f"the target's tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            f"the target's tokenizer cannot be loaded: {first_line(error)}",
             where=f"--model-path {model_path}",
             fix="give a model folder with tokenizer.json, or the name of a model on the hub, or leave it out",
         ) from error

@@ -40,7 +40,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.markup import escape as plain
 
 from specforge.console import say
-from specforge.errors import ConfigError, DataError
+from specforge.errors import ConfigError, DataError, first_line
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 LISTING_TIMEOUT = 20.0  # seconds
@@ -118,7 +118,7 @@ def _online(repo: str, choose: Choose) -> Fetched:
         with disable_progress_bars():  # downloads nothing more; notes commit and listing for a time without a network
             snapshot_download(repo, repo_type="dataset", allow_patterns=[escape(name) for name in names])
     except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: of hf_xet, which has no errors of its own
-        raise _GivenUpError(f"the connection was lost again and again ({_first_line(error)})") from error
+        raise _GivenUpError(f"the connection was lost again and again ({first_line(error)})") from error
     fetched = Fetched(files=tuple(files), commit=commit, cached=not missing)
     if fetched.cached:
         _say_cached(repo, fetched)
@@ -243,11 +243,7 @@ def _reason(error: BaseException) -> str:
         return f"no connection ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _page(repo: str) -> str:

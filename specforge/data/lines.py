@@ -18,7 +18,7 @@ import orjson
 import pyarrow
 import pyarrow.parquet
 
-from specforge.errors import DataError
+from specforge.errors import DataError, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")  # the best first
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -96,7 +96,7 @@ def _changed(path: Path) -> DataError:
 
 
 def _first_line(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes | None]]:

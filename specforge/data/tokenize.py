@@ -22,7 +22,7 @@ from specforge.config import DataSettings
 from specforge.console import say
 from specforge.data.formats import Entry, Text, Tokens
 from specforge.data.spans import Span, Template, assistant_spans, end_of_turn, generation_spans
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, first_line
 from specforge.records import Conversation, Example, Message
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +40,7 @@ class ChatTokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the target's tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+                f"the target's tokenizer cannot be loaded: {first_line(error)}",
                 where=f"--model-path {model_path}",
                 fix="give a model folder with tokenizer files, or the name of a model on the hub",
             ) from error

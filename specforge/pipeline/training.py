@@ -23,7 +23,7 @@ from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
-from specforge.errors import ConfigError, StoreError, TrainingError
+from specforge.errors import ConfigError, StoreError, TrainingError, first_line
 from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.shape import Shape
 from specforge.features.hybrid import HybridSource
@@ -249,7 +249,7 @@ def _run(run: Run) -> bool:
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"the draft's step does not fit into memory: {str(error).splitlines()[0]}",
+            f"the draft's step does not fit into memory: {first_line(error)}",
             where=f"behind step {run.state.updates}",
             fix="lower --row-tokens or --steps; with --online give the target less with --mem-frac, or raise --tp-size",
         ) from error

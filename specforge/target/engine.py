@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specforge import hardware
 from specforge.config import EngineSettings, RegenerateSettings
-from specforge.errors import ConfigError, EngineError, SpecforgeError
+from specforge.errors import ConfigError, EngineError, SpecforgeError, first_line
 from specforge.records import DraftJudge, Ranks, TargetEngine, TargetInfo
 from specforge.target.memory import is_out_of_memory
 from specforge.target.weights import check_aux_layers, default_aux_layers
@@ -106,7 +106,7 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
         raise
     except Exception as error:
         raise EngineError(
-            f"the {name} engine could not load the target: {type(error).__name__}: {str(error).splitlines()[0][:300]}",
+            f"the {name} engine could not load the target: {type(error).__name__}: {first_line(error)}",
             where=info.path,
             fix=_mended(error),
         ) from error

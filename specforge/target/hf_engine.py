@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError, OutOfMemoryError
+from specforge.errors import EngineError, OutOfMemoryError, first_line
 from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
 from specforge.target import teacher
 from specforge.target.memory import is_out_of_memory
@@ -81,7 +81,7 @@ class HfEngine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error).splitlines()[0]
+            failure = first_line(error)
         if self.device.type == "cuda":  # out of the handler, whose error holds the frames and so the tensors
             torch.cuda.empty_cache()
         raise OutOfMemoryError(

@@ -14,7 +14,7 @@ import xxhash
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from specforge.errors import ConfigError, EngineError
+from specforge.errors import ConfigError, EngineError, first_line
 from specforge.records import TargetHead, TargetInfo
 
 LEAST_LAYERS = 4  # three of layers 0 .. N-2
@@ -58,7 +58,7 @@ def describe(model_path: str, trust_remote_code: bool = False) -> TargetInfo:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"the target's config cannot be read: {str(error).splitlines()[0]}",
+            f"the target's config cannot be read: {first_line(error)}",
             where=f"{folder}/config.json",
             fix="use a model that this version of transformers knows, or --trust-remote-code if its code is trusted",
         ) from error

@@ -1,4 +1,4 @@
-"""The commands on a tiny target, as a user runs them: one subprocess each, real SGLang, real DeepSpeed, fp32 states."""
+"""The commands on a tiny target, as a user runs them: a process for each, real SGLang, real DeepSpeed, fp32 states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from specforge.features.index import read_index
 from specforge.features.store import Store
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
 FP32 = {  # DeepSpeed's settings for these runs: ours, in fp32
@@ -36,16 +36,7 @@ def command(*arguments: object) -> list[str]:
 
 def run(arguments: list[str], folder: Path, timeout: int = 300, code: int | None = 0) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
-        arguments,
-        cwd=folder,
-        env=environment,
-        timeout=timeout,
-        check=False,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    done = warm.run(arguments, folder, environment, timeout)
     assert code is None or done.returncode == code, done.stdout[-4000:]
     return done.stdout
 

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,7 @@ from specforge.features.index import Manifest
 from specforge.features.writer import StoreWriter
 from specforge.records import FeatureRecord
 from specforge.target import weights
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (1, 3, 4)
@@ -123,15 +121,9 @@ def run(*arguments):
 
 def run_process(*arguments):
     """The same as a user starts it: for what is refused by a rank."""
-    found = subprocess.run(
-        [sys.executable, "-m", "specforge.cli", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [*warm.OURS, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = warm.run(command, Path.cwd(), environment, timeout=120)
     return found.returncode, found.stdout
 
 

@@ -24,7 +24,7 @@ from specforge.features.store import Store
 from specforge.records import Example, Ranks
 from specforge.target import engine as engines
 from specforge.target import weights
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -105,16 +105,7 @@ def capture(folder: Path, data: Path, output: str, *arguments: object) -> list[s
 
 
 def run(command: list[str], folder: Path, code: int) -> str:
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=ENVIRONMENT,
-        timeout=200,
-        check=False,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    done = warm.run(command, folder, ENVIRONMENT, timeout=200)
     assert done.returncode == code, done.stdout[-3000:]
     return done.stdout
 

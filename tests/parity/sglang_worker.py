@@ -125,12 +125,14 @@ def vocabulary_parallel(engine: TargetEngine, asked: list[Example], ranks: Ranks
     from specforge.target import teacher
     from specforge.target.sglang import names as sgl
 
-    (processor,) = (m for m in engine._runner.model.modules() if isinstance(m, sgl.LogitsProcessor))
-    rows, gatherer, hook = [0], processor._logits_gatherer, engine._hook
-    processor._logits_gatherer = lambda logits: rows.append(len(logits)) or gatherer(logits)
+    processors = [module for module in engine._runner.model.modules() if isinstance(module, sgl.LogitsProcessor)]
+    rows, gatherer, hook = [0], processors[-1]._logits_gatherer, engine._hook
+    for processor in processors:
+        processor._logits_gatherer = lambda logits: rows.append(len(logits)) or gatherer(logits)
     engine.capture(asked)
     top1, lse = hook.top1.clone(), hook.lse.clone()
-    processor._logits_gatherer = gatherer
+    for processor in processors:
+        processor._logits_gatherer = gatherer
     hook.keep_logits = True
     engine.capture(asked)
     hook.keep_logits = False

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specforge import hardware
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError, OutOfMemoryError
+from specforge.errors import EngineError, OutOfMemoryError, first_line
 from specforge.records import (
     HEAD_LOGITS,
     MAX_EXAMPLES,
@@ -88,7 +88,7 @@ class SglangEngine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error).splitlines()[0]
+            failure = first_line(error)
         # Out of the handler, whose error holds the frames and so the tensors of the pass. A rank that had the memory
         # learns here that another had not, so that all go on with the same smaller passes.
         if self._any_rank(failure is not None):
@@ -196,7 +196,7 @@ class SglangEngine:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"{len(running)} answers at once do not fit into memory: {str(error).splitlines()[0]}",
+                f"{len(running)} answers at once do not fit into memory: {first_line(error)}",
                 where=self.info.path,
                 fix="lower --tokens-per-batch or --concurrency; the same command goes on where it was",
             ) from error
@@ -361,7 +361,7 @@ class _Session:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"{len(flat)} paths of {sum(lengths)} tokens do not fit into memory: {str(error).splitlines()[0]}",
+                f"{len(flat)} paths of {sum(lengths)} tokens do not fit into memory: {first_line(error)}",
                 where=engine.info.path,
                 fix="lower --batch-size, --draft-tokens or --mem-frac",
             ) from error
