@@ -1,40 +1,43 @@
-"""The command line in forks of a process that has imported what it needs. An import of SGLang, transformers and
-DeepSpeed takes about ten seconds, the commands of the tests often one. A fork has a memory, files, signals and an exit
-code of its own, as a process that a user starts; what a user's start adds is tested where ranks are started."""
+"""Commands and workers in forks of a process that has imported what they need. An import of SGLang, transformers and
+DeepSpeed takes about ten seconds, what a test asks for often one. A fork has a memory, files, signals and an exit code
+of its own, as a process that a user starts. What a user's start adds is tested where commands start their ranks."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+import traceback
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
 
 ROOT = Path(__file__).parents[1]
-OURS = [sys.executable, "-m", "specforge.cli"]
 
 
 def run(
-    arguments: list[str], folder: Path | str, environment: dict[str, str], timeout: float
+    command: list[str], folder: Path | str, environment: dict[str, str], timeout: float, ranks: int = 1
 ) -> subprocess.CompletedProcess:
-    """A command in this folder; stdout holds all that was said. One that does not begin with `python -m specforge.cli`
-    gets a new process. Raises TimeoutExpired."""
-    if arguments[: len(OURS)] != OURS:
+    """`python -m specforge.cli ...` or `python tests/WORKER.py ...` in this folder, by as many ranks as torchrun would
+    start; stdout holds all that was said. Another command gets a new process. Raises TimeoutExpired."""
+    ours = command[1:3] == ["-m", "specforge.cli"]
+    if not ours and not Path(command[1]).is_relative_to(ROOT / "tests"):
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.run(arguments, cwd=folder, env=environment, timeout=timeout, check=False, **both)
+        return subprocess.run(command, cwd=folder, env=environment, timeout=timeout, check=False, **both)
+    script, arguments = (None, command[3:]) if ours else (command[1], command[2:])
     server = _server()
     with tempfile.NamedTemporaryFile("r", errors="replace") as said:
-        server.send((arguments[len(OURS) :], str(folder), environment, said.name))
+        server.send((script, arguments, str(folder), environment, said.name, ranks))
         child = server.recv()
         if not server.poll(timeout):
             os.killpg(child, 9)
             server.recv()
-            raise subprocess.TimeoutExpired(arguments, timeout, said.read())
-        return subprocess.CompletedProcess(arguments, server.recv(), said.read())
+            raise subprocess.TimeoutExpired(command, timeout, said.read())
+        return subprocess.CompletedProcess(command, server.recv(), said.read())
 
 
 @lru_cache(maxsize=1)
@@ -76,8 +79,11 @@ def _serve(connection: Connection) -> None:
         connection.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-def _become(arguments: list[str], folder: str, environment: dict[str, str], said: str) -> None:
+def _become(
+    script: str | None, arguments: list[str], folder: str, environment: dict[str, str], said: str, ranks: int
+) -> None:
     from specforge import cli
+    from tests.parity.forked import run_ranks
 
     os.setsid()
     for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
@@ -85,12 +91,19 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], said
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [str(cli.__file__), *arguments]
+    sys.argv = [script or str(cli.__file__), *arguments]
+    work = partial(runpy.run_path, script, run_name="__main__") if script else cli.main
     try:
-        cli.main()
+        if ranks > 1:
+            run_ranks(ranks, work)
+        else:
+            work()
         code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def run(*arguments):
 
 def run_process(*arguments):
     """The same as a user starts it: for what is refused by a rank."""
-    command = [*warm.OURS, *map(str, arguments)]
+    command = [sys.executable, "-m", "specforge.cli", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = warm.run(command, Path.cwd(), environment, timeout=120)
     return found.returncode, found.stdout

@@ -35,14 +35,12 @@ TIMEOUT_S = 6
 
 
 def worker(task: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(WORKER), task, *map(str, arguments)]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(2 // ranks)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    command = [sys.executable, str(WORKER), task, *map(str, arguments)]
+    return warm.run(command, ROOT, ENVIRONMENT, timeout=200, ranks=ranks)
 
 
 def result(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
@@ -204,7 +202,7 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_written(tmp_path):
     began = time.monotonic()
     done = worker("a_rank_that_hangs", tmp_path, TIMEOUT_S, ranks=2)
     assert done.returncode != 0
-    said = done.stdout + done.stderr
+    said = done.stdout
     assert re.search(r"rank 1 made no progress for 5 s \(rank 1 at \S+engine_worker.py:\d+ in asleep\)", said)
     assert "in asleep" in (tmp_path / "rank1.log").read_text()
     assert "in barrier" in (tmp_path / "rank0.log").read_text()

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, warm
 
 WORKER = Path(__file__).with_name("equality_worker.py")
 
@@ -30,8 +29,8 @@ def test_a_capture_by_two_replicas_of_two_ranks_equals_each_conversation_alone(t
         tiny.write_jsonl(rows / f"{name}.jsonl", tiny.conversations(count))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(WORKER), str(target), str(rows), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run(command, tmp_path, environment, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
     found = {}
     for line in done.stdout.splitlines():
         found |= json.loads(line) if line.startswith("{") else {}

@@ -8,13 +8,14 @@ as from fp32 itself. A forgotten moment or one optimizer step changes the loss b
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -32,12 +33,10 @@ def state(
     last: int = 12,
     before: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [output, optimizer, kind, dtype, world, first, last, *([before] if before else [])]
-    command = [sys.executable, *launcher, str(WORKER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run([sys.executable, str(WORKER), *map(str, arguments)], ROOT, environment, timeout=200, ranks=world)
+    assert done.returncode == 0, done.stdout[-3000:]
     return load_file(output)
 
 

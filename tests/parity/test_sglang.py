@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import warm
 from tests.tiny import FAMILIES as TEXT_FAMILIES
 from tests.tiny import make_target
 
@@ -78,8 +79,8 @@ def bf16_bound(family: str) -> float:
 def compared(targets: dict[str, Path], tp_size: int) -> dict[str, dict]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(FAMILIES_WORKER), str(tp_size), *map(str, targets.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = warm.run(command, ROOT, environment, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"target"')]
     return {result["target"]: result for result in results}
 
@@ -179,9 +180,9 @@ def test_sglangs_own_draft_class_agrees_with_ours(targets, tmp_path, family, nor
     """A key, a norm, the rope or a layer id that SGLang reads otherwise would show here, not in production."""
     command = [sys.executable, str(JUDGE), str(targets[family]), str(tmp_path / "draft"), *norms]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = warm.run(command, ROOT, environment, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert result["apart"] < BOUND
     assert result["top1"] > 0.95
     assert result["apart_if_shifted"] > 0.1  # one token off

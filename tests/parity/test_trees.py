@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.parity.test_sglang import FP32_BOUND, ROOT
 from tests.tiny import make_talker
 
@@ -24,9 +24,9 @@ def found(request, tmp_path_factory) -> tuple[int, dict]:
     target = make_talker(tmp_path_factory.mktemp("talker") / "target")
     command = [sys.executable, str(WORKER), str(target), str(request.param), "24"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, json.loads(done.stdout.splitlines()[-1])
+    done = warm.run(command, ROOT, environment, timeout=580)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return request.param, json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def decodings(result: dict) -> list[tuple[str, dict]]:
