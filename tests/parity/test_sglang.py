@@ -36,6 +36,7 @@ FP32_BOUND = 1e-5
 BY_HOOKS = {"olmo2", "granite"}  # SGLang itself cannot capture, so not serve either
 FAMILIES_WORKER = Path(__file__).with_name("families_worker.py")
 JUDGE = Path(__file__).with_name("judge_worker.py")
+SETTINGS = Path(__file__).with_name("settings_worker.py")
 WORKER = Path(__file__).with_name("sglang_worker.py")
 ROOT = Path(__file__).parents[2]
 
@@ -186,6 +187,28 @@ def test_sglangs_own_draft_class_agrees_with_ours(targets, tmp_path, family, nor
     assert result["apart"] < BOUND
     assert result["top1"] > 0.95
     assert result["apart_if_shifted"] > 0.1  # one token off
+
+
+def test_settings_on_a_hopper_gpu_let_every_state_be_read(tmp_path):
+    """As SGLang resolves them for two ranks: no kernel for 16 bits in fp32, no graph, whole sequences, places one by
+    one, no sum left to the next layer, which it leaves for these mixtures of experts unless told."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = warm.run([sys.executable, str(SETTINGS), str(tmp_path)], ROOT, environment, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"Llama')))
+    fixed = {
+        "page_size": 1,
+        "flashinfer_allreduce_fusion_backend": None,
+        "disable_radix_cache": True,
+        "chunked_prefill_size": -1,
+        "graphs": {"decode": "disabled", "prefill": "disabled"},
+    }
+    fused = {name for name, each in found.items() if each["flashinfer_allreduce_fusion_backend"]}
+    experts = ("Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+    assert fused == {f"{name} fused" for name in experts}
+    for name in found.keys() - fused:
+        backend = "triton" if name.endswith("float32") else "fa3"
+        assert found[name] == fixed | {"attention_backend": backend}, name
 
 
 def test_every_sglang_name_is_there():

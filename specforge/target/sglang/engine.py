@@ -473,27 +473,18 @@ def _context_length(info: TargetInfo, tokens_per_batch: int) -> int | None:
     return tokens_per_batch if isinstance(own, int) and tokens_per_batch < own else None
 
 
-def _load_runner(
+def server_args(
     info: TargetInfo,
     ranks: Ranks,
     dtype: torch.dtype,
     tokens_per_batch: int,
     mem_frac: float,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
     whole_pool: bool = False,
 ) -> Any:
+    """SGLang's settings for passes whose states are captured; SGLang resolves what is left open."""
     on_cpu = ranks.device.type == "cpu"
-    if on_cpu:
-        # SGLang compiles a few pointwise operations. torch's cache of compiled graphs (a folder in /tmp that outlives
-        # the process) does not tell AVX-512 from AVX2, so that a graph made for one CPU gives wrong token ids or a
-        # crash on another: https://docs.pytorch.org/docs/stable/generated/torch.compiler.set_stance.html
-        torch.compiler.set_stance("force_eager")
-    if on_cpu and ranks.tp_size > 1:  # more ranks than NUMA nodes: SGLang wants to be told each rank's cores
-        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-        share = max(1, len(cores) // ranks.tp_size)
-        groups = [cores[r * share % len(cores) :][:share] for r in range(ranks.tp_size)]
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(group) for group in groups))
-    args = sgl.ServerArgs(
+    return sgl.ServerArgs(
         model_path=info.path,
         dtype=hardware.name(dtype),
         device=ranks.device.type,
@@ -519,6 +510,29 @@ def _load_runner(
         log_level="error",
         trust_remote_code=trust_remote_code,
     )
+
+
+def _load_runner(
+    info: TargetInfo,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    tokens_per_batch: int,
+    mem_frac: float,
+    trust_remote_code: bool,
+    whole_pool: bool = False,
+) -> Any:
+    on_cpu = ranks.device.type == "cpu"
+    if on_cpu:
+        # SGLang compiles a few pointwise operations. torch's cache of compiled graphs (a folder in /tmp that outlives
+        # the process) does not tell AVX-512 from AVX2, so that a graph made for one CPU gives wrong token ids or a
+        # crash on another: https://docs.pytorch.org/docs/stable/generated/torch.compiler.set_stance.html
+        torch.compiler.set_stance("force_eager")
+    if on_cpu and ranks.tp_size > 1:  # more ranks than NUMA nodes: SGLang wants to be told each rank's cores
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        share = max(1, len(cores) // ranks.tp_size)
+        groups = [cores[r * share % len(cores) :][:share] for r in range(ranks.tp_size)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(group) for group in groups))
+    args = server_args(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code, whole_pool)
     if hasattr(args, "resolve"):
         args.resolve()
     ports = sgl.PortArgs.init_new(args)
