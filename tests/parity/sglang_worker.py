@@ -15,6 +15,7 @@ import torch.distributed as dist
 from specforge import hardware, launch
 from specforge.alignment import teacher_rows
 from specforge.config import EngineSettings
+from specforge.errors import EngineError
 from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
@@ -102,9 +103,22 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
         "gathered_rows": gathered_rows,
         "read_again": read_again,
         "by_hooks": by_hooks(engine, asked),
+        "drafts_told_apart": drafts_told_apart(engine, ranks),
         "serves_eagle3": engine.serves_eagle3,
     }
     return engine, asked, result
+
+
+def drafts_told_apart(engine: TargetEngine, ranks: Ranks) -> bool:
+    """Whether a session refuses paths that differ between the ranks of a replica."""
+    session = engine.session()
+    try:
+        session.extend({0: [[5, 6 + ranks.tp_rank]]})
+    except EngineError as error:
+        return "drafted different tokens" in error.what
+    finally:
+        session.close()
+    return ranks.tp_size == 1
 
 
 def by_hooks(engine: TargetEngine, asked: list[Example]) -> float:

@@ -65,6 +65,7 @@ def check(result: dict, bound: float = BOUND) -> None:
     if "gemma3" not in result.get("target", ""):  # of which SGLang captures what a layer adds, without the residual
         assert result["by_hooks"] < FP32_BOUND
     assert result["same_bits"]
+    assert result["drafts_told_apart"]
     assert result["gathered_rows"] <= 4  # the next token's of each sequence, as SGLang itself does; not the capture's
     assert result["lse"] < bound
     assert result["head_lse"] < bound  # the files' head with its scale and soft cap: the engine's own logits
