@@ -18,6 +18,7 @@ from rich.table import Table
 from specforge import hardware
 from specforge.config import DoctorSettings
 from specforge.console import console
+from specforge.errors import ConfigError
 from specforge.files import memory_bytes
 from specforge.target.engine import sglang_problem
 
@@ -93,6 +94,10 @@ def _install(what: str) -> str:
 
 def run(settings: DoctorSettings) -> int:
     """Prints the table; 1 where the main job could not run."""
+    if settings.model_path:
+        raise ConfigError(
+            "only the checks of a GPU take a target", where="--model-path", fix="add --gpu, or leave it out"
+        )
     table = Table("", "what", "found", "mend it with")
     fatal = False
     for finding in findings():
