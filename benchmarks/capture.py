@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from specforge import launch
+from specforge import hardware, launch
 from specforge.alignment import teacher_rows
 from specforge.config import DataSettings, EngineSettings
 from specforge.data import prepared
@@ -41,8 +41,7 @@ from specforge.features.index import Manifest
 from specforge.features.packing import in_batches
 from specforge.features.passes import Passes
 from specforge.features.writer import StoreWriter
-from specforge.pipeline.capture import finite, keep
-from specforge.records import HEAD_LOGITS, Example, TargetInfo
+from specforge.records import HEAD_LOGITS, Example, FeatureRecord, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import gguf, weights
 
@@ -90,9 +89,8 @@ class Arms:
     def capture(self, batches: Sequence[Sequence[int]] | None = None) -> None:
         passes = Passes(self.engine, self.examples)
         for batch in self.batches if batches is None else batches:
-            for _, records in passes.run(batch):
-                assert records
-                assert all(finite(records))
+            for captured in passes.run(batch):
+                assert all(isinstance(record, FeatureRecord) for _, record in captured)
 
     def in_order(self) -> None:
         batches, tokens = [[]], 0
@@ -115,7 +113,7 @@ class Arms:
             data_hash="",
             max_length=2048,
             codec="bf16",
-            dtype=str(self.engine.dtype).removeprefix("torch."),
+            dtype=hardware.name(self.engine.dtype),
             hidden_size=self.info.hidden_size,
             num_records=len(self.examples),
             tokens_per_batch=TOKENS_PER_BATCH,
@@ -124,8 +122,9 @@ class Arms:
         passes = Passes(self.engine, self.examples)
         with StoreWriter(folder, manifest) as writer:
             for batch in self.batches:
-                for part, records in passes.run(batch):
-                    keep(writer, [self.examples[at] for at in part], records)
+                for captured in passes.run(batch):
+                    for _, record in captured:
+                        writer.add(record)
 
     def padded(self) -> None:
         order = np.random.default_rng(0).permutation(len(self.examples))

@@ -99,6 +99,13 @@ def execute(
     except KeyboardInterrupt:
         return _fail("stopped by hand; regenerate, prepare-hidden and train go on where they were", 130, debug=False)
     except Exception as error:
+        if world_size() > 1 and _joined():
+            from specforge import launch
+            from specforge.watch import is_of_others
+
+            if is_of_others(error):
+                traceback.print_exc()
+                return launch.lost_others(error)
         return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
 
 
@@ -119,7 +126,7 @@ def world_size() -> int:
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if _speaks():
-        show_error(message)
+        show_error(message + _own_rank())
         if debug:
             console.print(traceback.format_exc(), markup=False)
     return code
@@ -127,11 +134,18 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 def _speaks() -> bool:
     """Once the ranks are joined a fault may be that of one rank alone: then that one tells of it."""
-    if "specforge.launch" not in sys.modules:
-        return is_main_rank()
-    from specforge import launch
+    return sys.modules["specforge.launch"].speaks() if _joined() else is_main_rank()
 
-    return launch.speaks()
+
+def _own_rank() -> str:
+    """A line that names this rank, where the fault may be its own."""
+    return f"\n  rank:  {os.environ['RANK']} of {world_size()}" if world_size() > 1 and _joined() else ""
+
+
+def _joined() -> bool:
+    """Whether this process has joined others. That needs torch, which many commands do without."""
+    launch = sys.modules.get("specforge.launch")
+    return launch is not None and bool(launch.joined())
 
 
 SETTINGS: dict[str, type[config.Settings]] = {

@@ -45,6 +45,14 @@ class EngineSettings(Settings):
     trust_remote_code: bool = Field(False, description="run code that comes with the target")
 
 
+class RankSettings(EngineSettings):
+    """How the target runs, in ranks that work together."""
+
+    rank_timeout: float = Field(
+        600, gt=0, allow_inf_nan=False, description="seconds without progress after which a hung run is ended"
+    )
+
+
 class DataSettings(Settings):
     """How conversations become tokens and masks."""
 
@@ -115,11 +123,10 @@ class CaptureSettings(EngineSettings, DataSettings):
     )
 
 
-class PrepareHiddenSettings(CaptureSettings):
+class PrepareHiddenSettings(CaptureSettings, RankSettings):
     """The target's hidden states for every token, into a store."""
 
     output: Path = Field(Path("cache/features"), description="folder for the stores (train/ and test/)")
-    rank_timeout: float = Field(120, gt=0, description="seconds without progress after which a hung run is ended")
     shard_mb: int = Field(1024, ge=1, description="size of a shard file in MiB")
     max_disk: ByteSize | None = Field(None, description="stop before the features take more, e.g. 500GB")
 
@@ -138,18 +145,20 @@ class DraftSettings(VocabularySettings):
 
 
 class PlanSettings(CaptureSettings, DraftSettings):
-    """What a capture will cost in disk, memory and hours; loads no weights and needs no GPU."""
+    """What capture and training will cost in disk, memory and hours; loads no weights and needs no GPU."""
 
     row_tokens: int = Field(2048, ge=8, description="most tokens in a packed row of the draft")
 
-    online: bool = Field(False, description="plan for training with the live target: the draft's memory too")
+    online: bool = Field(
+        False, description="plan for training with the live target, not for a capture and training from its store"
+    )
     tokens_per_second: float | None = Field(None, gt=0, description="rate of one copy of the target, for the hours")
     rate_from: Path | None = Field(
         None, description="a folder that prepare-hidden wrote: takes the rate measured there"
     )
 
 
-class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
+class TrainSettings(RankSettings, DataSettings, ReadSettings, DraftSettings):
     """Train a draft, from a store (--features) or with the live target (--online)."""
 
     features: Path | None = Field(
@@ -206,7 +215,7 @@ class TrainSettings(EngineSettings, DataSettings, ReadSettings, DraftSettings):
     resume: bool = Field(True, description="go on from the newest checkpoint in the output folder")
 
 
-class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
+class BenchmarkSettings(RankSettings, DataSettings, ReadSettings):
     """Acceptance length of a draft: teacher-forced on held-out text, by real decoding, and through a server."""
 
     model_path: str | None = Field(
@@ -250,7 +259,7 @@ class BenchmarkSettings(EngineSettings, DataSettings, ReadSettings):
         return given
 
 
-class CheckSettings(EngineSettings, DataSettings, ReadSettings):
+class CheckSettings(RankSettings, DataSettings, ReadSettings):
     """Ask whether a draft folder is what servers take it for, and whether it fits its target."""
 
     folder: Path = Field(
@@ -286,7 +295,7 @@ class ReportSettings(Settings):
     output: Path = Field(Path("report.html"), description="the page")
 
 
-class RegenerateSettings(EngineSettings):
+class RegenerateSettings(RankSettings):
     """Let the target answer every user turn itself, in this process or through a running server."""
 
     model_path: str | None = Field(
@@ -327,7 +336,8 @@ class DemoSettings(Settings):
 
     output: Path = Field(Path("runs/demo"), description="folder for everything the demo makes")
     online: bool = Field(False, description="train with the live target; no features on disk")
-    epochs: int = Field(5, ge=1)
+    epochs: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="auto: what this machine does in 15 minutes")
+    draft_vocab_size: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="auto: likewise")
     fresh: bool = Field(True, description="start anew (else go on where an earlier demo was)")
 
 

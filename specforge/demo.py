@@ -8,23 +8,25 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from specforge import hardware
 from specforge.config import DemoSettings
 from specforge.console import console, say
 from specforge.errors import ConfigError, EngineError
 from specforge.files import write_json
+from specforge.train.recipe import UPDATES
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "conversations.jsonl"
 DS_CONFIG = Path(__file__).parent.parent / "ds_config.json"
 MODEL = Path("cache/models/SmolLM2-135M-Instruct")
-RECIPE = {  # for 50,000 supervised tokens and a target of 135 M parameters on a CPU; see docs/training.md
-    "draft-vocab-size": 8192,
-    "steps": 7,
-}
+STEPS = 7
+MINUTES = 15  # without installation, which takes some minutes more
 
 
 def run(settings: DemoSettings) -> None:
@@ -34,6 +36,7 @@ def run(settings: DemoSettings) -> None:
         )
     out = settings.output
     _clear(out, settings.fresh)
+    size = _size(settings)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
     _stage("convert target", ["-m", "specforge.target.gguf", str(MODEL)], seconds, log=out / "specforge.log")
@@ -44,21 +47,91 @@ def run(settings: DemoSettings) -> None:
     if not settings.online:
         _command("prepare-hidden", [*target, "--data", f"{out}/data", "--output", f"{out}/features"], seconds)
     source = ["--online", "--data", f"{out}/data"] if settings.online else ["--features", f"{out}/features"]
-    recipe = [text for name, value in RECIPE.items() for text in (f"--{name}", str(value))]
-    training = [*target, *source, "--output", f"{out}/draft", "--epochs", str(settings.epochs), *recipe]
+    recipe = ["--epochs", str(size.epochs), "--draft-vocab-size", str(size.draft_vocab), "--steps", str(STEPS)]
+    recipe += ["--row-tokens", str(size.row_tokens)] if size.row_tokens else []
+    training = [*target, *source, "--output", f"{out}/draft", *recipe]
     _command("train", [*training, "--deepspeed-config", str(DS_CONFIG)], seconds)
     held_out = ["--data", f"{out}/data"] if settings.online else ["--features", f"{out}/features"]
     benchmark = [*target, "--draft", f"{out}/draft/best", *held_out, "--output", f"{out}/benchmark.json"]
     _command("benchmark", [*benchmark, "--num-prompts", "12", "--max-new-tokens", "64"], seconds)
     seconds["total"] = time.perf_counter() - began
-    summary = summarise(out, settings.online, seconds)
+    summary = summarise(out, settings.online, size, seconds)
     write_json(out / "summary.json", summary)
     _show(summary)
     say(f"written: {out}/summary.json, log of the engines: {out}/*/specforge.log")
     say("next: train a draft for your own target, see README.md, 'A first real run'")
 
 
-def summarise(out: Path, online: bool, seconds: dict[str, float]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much the demo trains."""
+
+    epochs: int
+    draft_vocab: int
+    row_tokens: int | None = None  # None: what `auto` chooses
+
+    def seconds(self, rate: float, online: bool) -> float:
+        """An estimate for a machine that does `rate` operations a second in a matrix product."""
+
+        def of(part: str) -> float:
+            fixed, operations = COSTS[part]
+            return fixed + operations / rate
+
+        steps = TOKENS * self.epochs / self.row_tokens if self.row_tokens else UPDATES
+        a_pass = (0.14 + 0.86 * self.draft_vocab / 8192) * of("pass")
+        captures = self.epochs if online else 1
+        return of("rest") + of("benchmark") + captures * of("capture") + self.epochs * a_pass + steps * of("update")
+
+
+# (seconds, operations) of each part, a line through two measurements: two cores with bf16 instructions, at 375 GFLOP/s,
+# and without them, at 100 (benchmarks/LOG.md). "pass" is an epoch with a draft vocabulary of 8,192; with 4,096 it took
+# 0.57 of that. TOKENS are those of the demo's training data.
+COSTS = {
+    "rest": (45, 0),
+    "capture": (75, 7.5e12),
+    "pass": (49, 9.1e12),
+    "update": (0.12, 3.5e10),
+    "benchmark": (62, 6.8e12),
+}
+TOKENS = 73_227
+SIZES = (
+    Size(epochs=5, draft_vocab=8192),
+    Size(epochs=4, draft_vocab=8192),
+    Size(epochs=3, draft_vocab=8192),
+    Size(epochs=3, draft_vocab=4096),
+    Size(epochs=2, draft_vocab=4096, row_tokens=1024),
+)
+
+
+def _size(settings: DemoSettings) -> Size:
+    """The largest size that this machine does offline in MINUTES, else the smallest; what the user gives stays. Online
+    takes longer for the same draft."""
+    dtype = hardware.compute_dtype(torch.bfloat16)
+    rate = matrix_rate(dtype)
+    fitting = [size for size in SIZES if size.seconds(rate, online=False) < 60 * MINUTES]
+    size = (fitting or SIZES[-1:])[0]
+    given: dict[str, Any] = {"epochs": settings.epochs, "draft_vocab": settings.draft_vocab_size}
+    size = replace(size, **{name: value for name, value in given.items() if value != "auto"})
+    say(
+        f"this machine: {rate / 1e9:.0f} GFLOP/s in {hardware.name(dtype)}; {size.epochs} epochs, draft vocabulary "
+        f"{size.draft_vocab:,}: about {size.seconds(rate, settings.online) / 60:.0f} minutes"
+    )
+    return size
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations a second in a matrix product of the draft's size: the best of many, for other programs disturb it."""
+    left, right = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 4096, dtype=dtype)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        began = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - began)
+    return 2 * left.numel() * right.shape[1] / min(times)
+
+
+def summarise(out: Path, online: bool, size: Size, seconds: dict[str, float]) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "draft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [line["held_out"] for line in lines if "held_out" in line]
     steps = [line for line in lines if "tokens_per_second" in line]
@@ -67,6 +140,7 @@ def summarise(out: Path, online: bool, seconds: dict[str, float]) -> dict[str, A
     return {
         "engine": decoded["engine"],
         "mode": "online" if online else "offline",
+        **asdict(size),
         "acceptance_length_before": evaluations[0]["acceptance_length"],
         "acceptance_length_after": forced["acceptance_length"],
         "walk_length_after": forced["walk_length"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TOLD, UNTOLD = 2, 3  # exit codes of a rank that ends with an error: it has told the user why; another one will
+
 
 class SpecforgeError(Exception):
     """A fault that the user can mend.

@@ -16,11 +16,12 @@ def compute_dtype(wanted: torch.dtype, device: torch.device | None = None) -> to
 
 
 def described(used: torch.dtype, stored: torch.dtype, device: torch.device | None = None) -> str:
-    """The dtype that is used, for the log; with the reason where the machine does not compute `stored` fast."""
-    slow = used == torch.float32 == compute_dtype(stored, device) != stored
-    return name(used) + (f" (this CPU has no {name(stored)} instructions)" if slow else "")
+    """The dtype that is used, for the log; with the reason if the machine does not compute `stored` fast."""
+    if used == torch.float32 and compute_dtype(stored, device) != stored:
+        return f"{name(used)} (this CPU has no {name(stored)} instructions)"
+    return name(used)
 
 
 def name(dtype: torch.dtype) -> str:
-    """As flags and files say it."""
+    """The name that flags and files use, such as bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -7,24 +7,31 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # its stubs leave them out
+from torch.distributed import (  # type: ignore[attr-defined]  # its stubs leave them out
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
-from specforge.console import is_main_rank, say
-from specforge.errors import ConfigError
+from specforge.console import is_main_rank, show_error
+from specforge.errors import TOLD, UNTOLD, ConfigError, EngineError
 from specforge.records import Ranks
 
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
-
-
-_board_address: tuple[str, int] | None = None  # one for each process, as torch.distributed has one world
-_board_server: TCPStore | None = None
+LAUNCHED = "SPECFORGE_LAUNCHED"  # set in the environment of ranks that `start_ranks` started
+LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+SAVING_S = 30  # which ranks have to end after a signal
+FAILING_S = 5  # which ranks have to end by themselves after another one has failed
 
 
 def device_count() -> int:
@@ -40,10 +47,10 @@ def is_rank() -> bool:
 def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None, saves: bool = False) -> int | None:
     """Run this very command as several ranks and return its exit code; None where this process is a rank already, or
     the only one. `dp_size` replicas of `tp_size` ranks; where it is not given, with `replicas` as many as there are
-    GPUs for, else (and on a CPU) one. SIGTERM is passed on to the ranks, which have 30 seconds; with `saves` they are
-    known to use them, and the exit code is 0.
+    GPUs for, else (and on a CPU) one. SIGTERM and SIGINT are passed on to the ranks, which have 30 seconds; with
+    `saves` they are known to use them, and the exit code after SIGTERM is 0.
 
-    Raises ConfigError where the machine has fewer devices than that."""
+    Raises ConfigError where the machine has fewer devices than that, EngineError where a rank ended without a word."""
     if is_rank():
         return None
     least = tp_size * (dp_size or 1)
@@ -57,33 +64,93 @@ def start_ranks(tp_size: int, replicas: bool = True, dp_size: int | None = None,
     count = device_count() // tp_size * tp_size if every else least
     if count == 1:
         return None
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    plan = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    codes, received = _run(count)
+    if received is not None:
+        return 0 if saves and received == signal.SIGTERM else 128 + received
+    if not any(codes.values()):
+        return 0
+    told = [code for code in codes.values() if code > 0 and code != UNTOLD]
+    if told:
+        return TOLD if TOLD in told else told[0]
+    raise EngineError(
+        ", ".join(f"rank {rank} {_ending(code)}" for rank, code in codes.items() if code != UNTOLD)
+        or "the ranks lost one another",
+        where="specforge.log and specforge-rank*.log in the output folder have the last words of each rank",
+        fix="run the same command again: capture, training and regenerate go on where they were",
     )
+
+
+def _run(count: int) -> tuple[dict[int, int], int | None]:
+    """Starts `count` ranks and waits for them: (exit code of each rank that ended by itself, signal that ended all).
+    This process serves the store through which they find one another; nothing listens outside of this machine."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    store = TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )  # lives as long as the ranks
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    common = (
+        {"OMP_NUM_THREADS": threads}
+        | os.environ
+        | {
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 serves no store of its own
+            "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+            "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            LAUNCHED: str(os.getpid()),
+        }
+    )
+    processes = list[subprocess.Popen[bytes]]()
+    with _signals() as received:
+        try:
+            for rank in range(count):
+                own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen([sys.executable, *_own_command()], env=own))
+            return _wait(processes, received), received[0] if received else None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> dict[int, int]:
+    """Until all have ended, or had their time to. Exit code of each rank that ended by itself."""
+    deadline, passed_on = float("inf"), False
+    while True:
+        codes = {rank: code for rank, process in enumerate(processes) if (code := process.poll()) is not None}
+        if len(codes) == len(processes) or time.monotonic() > deadline:
+            return codes
+        if received and not passed_on:
+            passed_on, deadline = True, time.monotonic() + SAVING_S
+            for process in processes:
+                process.send_signal(received[0])
+        elif any(codes.values()):
+            deadline = min(deadline, time.monotonic() + FAILING_S)
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to end that arrive meanwhile."""
+    received = list[int]()
+    before = {
+        number: signal.signal(number, lambda which, _: received.append(which))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     try:
-        elastic_launch(plan, sys.executable)(*_own_command())
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        return 0 if saves and error.sigval == signal.SIGTERM else 128 + error.sigval
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if 2 not in codes.values():  # such a fault was explained by rank 0
-            ended = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in codes.items())
-            say(f"[bold red]error[/] ended: {ended}; see specforge.log and specforge-rank*.log in the output folder")
-        return next((code for code in codes.values() if code > 0), 1)
-    return 0
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ending(code: int) -> str:
     if code >= 0:
-        return f"with code {code}"
-    return f"by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+        return f"ended with code {code}"
+    return f"was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
 def _own_command() -> list[str]:
@@ -109,18 +176,22 @@ def join(tp_size: int, dp_size: int | None = None) -> Ranks:
         )
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if LAUNCHED in os.environ:
+        _end_with_parent()
     if on_gpu:
         torch.cuda.set_device(device)
+        for name in ("NCCL_NVLS_ENABLE", "NCCL_CUMEM_ENABLE"):  # buffers of gigabytes; off in SGLang's server too
+            os.environ.setdefault(name, "0")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
     if not dist.is_initialized():
-        if not is_rank():
-            os.environ.update(
-                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port())
-            )
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    _open_board(device)
+        backend = "nccl" if on_gpu else "gloo"
+        if is_rank():
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+            dist.init_process_group(backend, timeout=TIMEOUT, store=HashStore(), rank=0, world_size=1)
     group = None
     if world > tp_size:
         groups = [dist.new_group(list(range(first, first + tp_size))) for first in range(0, world, tp_size)]
@@ -128,32 +199,46 @@ def join(tp_size: int, dp_size: int | None = None) -> Ranks:
     return Ranks(rank=rank, world=world, tp_size=tp_size, device=device, tp_group=group)
 
 
-def _open_board(device: torch.device) -> None:
-    """Rank 0 serves a key-value store; the others learn its port."""
-    global _board_address, _board_server
-    host, port = os.environ["MASTER_ADDR"], torch.zeros(1, dtype=torch.int64, device=device)
-    if dist.get_rank() == 0:
-        _board_server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port.fill_(_board_server.port)
-    dist.broadcast(port, 0)
-    _board_address = host, int(port)
+def joined() -> bool:
+    """Whether `join` has been called, and the process group is not left yet."""
+    return dist.is_initialized()
 
 
-def board(timeout: timedelta = TIMEOUT) -> Store:
-    """A connection of its own to the key-value store of this run: for what ranks tell each other outside of
-    collectives, which all of them would have to take part in. A call that gets no answer raises after `timeout`."""
-    assert _board_address, "join() comes first"
-    return TCPStore(*_board_address, is_master=False, wait_for_workers=False, timeout=timeout)
+def board() -> Store:
+    """A connection of its own to the key-value store of this run, which the launcher serves (rank 0 under deepspeed):
+    for what ranks tell each other outside of collectives, which all of them would have to take part in."""
+    if not is_rank():
+        return HashStore()
+    server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*server, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+    return PrefixStore(f"specforge/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def speaks() -> bool:
     """Whether this rank tells the user of the fault that ends it: the first one that has such a fault does."""
-    if not _board_address or not dist.is_initialized():
+    if not joined() or dist.get_world_size() == 1:
         return is_main_rank()
     try:
-        return board(timedelta(seconds=5)).add("faults", 1) == 1
-    except RuntimeError:  # rank 0, which serves the board, is gone: it has spoken or died
-        return False
+        return board().add("faults", 1) == 1
+    except RuntimeError:  # the launcher has gone
+        return is_main_rank()
+
+
+def lost_others(error: Exception) -> int:
+    """The exit code of a rank whose call to others failed, after it has told of that where nobody else does: the
+    launcher tells of a rank that died."""
+    if LAUNCHED in os.environ:
+        return UNTOLD
+    time.sleep(FAILING_S)  # the launcher ends this rank first if the other one ran on this machine
+    if not speaks():
+        return UNTOLD
+    gone = EngineError(
+        f"rank {os.environ['RANK']} lost another rank: {str(error).splitlines()[0]}",
+        where="the network, or the machine of the other rank",
+        fix="run the same command again: capture, training and regenerate go on where they were",
+    )
+    show_error(str(gone))
+    return TOLD
 
 
 def claimed(count: int, ranks: Ranks, name: str) -> Iterator[int]:
@@ -186,7 +271,9 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)  # never; both are C ints, and 0 would be at every free
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+def _end_with_parent() -> None:
+    """A launcher that was killed leaves no rank behind: they get SIGTERM, after which training saves."""
+    parent_death_signal = 1
+    ctypes.CDLL("libc.so.6").prctl(parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(os.environ[LAUNCHED]):
+        os.kill(os.getpid(), signal.SIGTERM)  # it had ended before

@@ -12,7 +12,7 @@ Legend of shape suffixes, used all over the project:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -356,6 +356,7 @@ class TargetEngine(Protocol):
     device: torch.device
     dtype: torch.dtype  # in which the target runs
     serves_eagle3: bool  # whether SGLang can serve a draft for this target
+    on_pass: Callable[[], None]  # called after each forward pass; whoever wants to see progress sets it
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]: ...
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specforge import hardware
 from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.errors import CheckpointError
 from specforge.files import sync_file, sync_folder, write_json
@@ -46,7 +47,7 @@ def config_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
         "rope_parameters": rope,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": hardware.name(dtype),
         **config.token_ids,
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),

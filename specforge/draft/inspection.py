@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge import hardware
 from specforge.draft.layouts import IDS, Contents
 from specforge.errors import SpecforgeError
 from specforge.records import TargetInfo
@@ -177,7 +178,7 @@ def _dtypes(found: Contents) -> Iterator[Finding]:
             continue
         allowed = {"d2t": (torch.int64,), "t2d": (torch.bool,)}.get(name, SERVED)
         if tensor.dtype not in allowed:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            names = " or ".join(hardware.name(dtype) for dtype in allowed)
             what = f"'{name}' is {str(tensor.dtype).removeprefix('torch.')}, not {names}"
             yield Finding(what, found.tensor(name), SAVE)
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -87,6 +87,7 @@ class FusedLoss(torch.autograd.Function):
             if grad_student_MH is not None and grad_head_DH is not None:
                 grad_student_MH[picked] = found.grad_student_mH[:count]
                 grad_head_DH += found.left_xD.T @ found.right_xH
+            del z_CD, found  # before the next chunk makes its own
         if grad_student_MH is not None and grad_head_DH is not None:
             ctx.save_for_backward(grad_student_MH, grad_head_DH.to(head_DH.dtype))
         ctx.mark_non_differentiable(loss_M, best_M)

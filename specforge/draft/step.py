@@ -76,6 +76,7 @@ class DraftStep(nn.Module):
         step_M = torch.cat([torch.full_like(step.rows_R, i) for i, step in enumerate(unrolled)])
         teacher_M = torch.cat([step.teacher_R for step in unrolled])
         hidden_MH = torch.cat([step.hidden_RH for step in unrolled])
+        del unrolled  # the loss needs the memory
         top1_M = batch.teacher_top1[teacher_M]
         known_M = torch.nonzero(known_V[top1_M]).squeeze(1)
         step_m, top1_m = sent(step_M[known_M], device), sent(top1_M[known_M], device)
@@ -85,6 +86,7 @@ class DraftStep(nn.Module):
         )
         weight_m = share_i.to(torch.promote_types(hidden_MH.dtype, torch.float32))[step_m]
         normed_mH = self.draft.norm(hidden_MH[sent(known_M, device)])
+        del hidden_MH
         loss, loss_m, best_m = FusedLoss.apply(
             normed_mH, self.draft.lm_head.weight, teacher, teacher_M[known_M], weight_m
         )

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge.draft.attention import attend
+from specforge.draft.attention import Flash, attend, attend_packed, kernel_for
 from specforge.draft.model import Eagle3Draft
 from specforge.records import FeatureBatch, sent
 
@@ -43,8 +43,12 @@ class UnrolledStep:
     teacher_R: Tensor  # [R] on the host: the teacher row (index into the batch's [S, ...] tensors) of each prediction
 
 
-def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int) -> list[UnrolledStep]:
-    """All steps' hidden states; steps in which no row counts are empty. Never waits for the device."""
+def unroll(
+    draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps: int, kernel: Flash | None = None
+) -> list[UnrolledStep]:
+    """All steps' hidden states; steps in which no row counts are empty. Never waits for the device. `kernel` computes
+    the attention of all records in one call. The default on a GPU is the kernel that fits it; a CPU calls its own
+    kernel once for each record."""
     spare = -len(batch.token_ids) % MULTIPLE
     tokens_T, positions_T, depth_T = (F.pad(x, (0, spare)) for x in (batch.token_ids, batch.positions, batch.depth))
     device = tokens_T.device
@@ -52,6 +56,8 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
     feature_TH = draft.fuse(F.pad(batch.aux, (0, 0, 0, spare)))
     x_T2H = draft.attention_input(F.embedding(next_token_T, embedding_VH), feature_TH)
     keys_TKE, values_TKE = draft.keys_values(x_T2H, positions_T)
+    if kernel is None and device.type != "cpu":
+        kernel = kernel_for(keys_TKE).over(batch.lengths, len(tokens_T), device)
 
     rows_R, count = filled(torch.nonzero(depth_T > 0).squeeze(1))
     at_R = sent(rows_R, device)
@@ -69,8 +75,11 @@ def unroll(draft: Eagle3Draft, embedding_VH: Tensor, batch: FeatureBatch, steps:
             own_keys = [key[inside_R] for key in own_keys] + [key_RKE]
             own_values = [value[inside_R] for value in own_values] + [value_RKE]
         q_RNE = draft.queries(x_R2H, positions_T[at_R] + i)
-        segments = record_segments(rows_R[:count], batch.lengths)
-        attended_RNE = attend(q_RNE, keys_TKE, values_TKE, own_keys, own_values, at_R, segments)
+        inputs = (q_RNE, keys_TKE, values_TKE, own_keys, own_values)
+        if kernel:
+            attended_RNE = attend_packed(*inputs, at_R[:count], kernel)
+        else:
+            attended_RNE = attend(*inputs, at_R, record_segments(rows_R[:count], batch.lengths))
         hidden_RH = draft.finish(feature_RH, attended_RNE)
         feature_RH = draft.feed_back(hidden_RH)
         done.append(

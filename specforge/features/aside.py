@@ -7,12 +7,34 @@ import json
 import os
 from pathlib import Path
 
+from specforge.errors import EngineError
+
 SET_ASIDE = "set-aside.jsonl"  # a line for each: {"sample_id": 7, "reason": "out of memory"}
 TOO_LARGE, NOT_FINITE = "out of memory", "states are not finite"
+MOST_NOT_FINITE = 0.001  # of a split's records; more is a fault of the target, not of a record
 
 
-def set_aside(folder: Path, sample_id: int, reason: str) -> None:
-    """Writers of several ranks may call it at once. What a kill left of a line is closed by the next."""
+def set_aside(folder: Path, sample_id: int, reason: str, records: int) -> None:
+    """Writers of several ranks may call it at once. What a kill left of a line is closed by the next. Raises
+    EngineError where too many of the split's `records` are not finite."""
+    if sample_id not in reasons(folder):
+        _write(folder, sample_id, reason)
+    check_share(folder, records)
+
+
+def check_share(folder: Path, records: int) -> None:
+    found = list(reasons(folder).values()).count(NOT_FINITE)
+    if found > MOST_NOT_FINITE * records:
+        raise EngineError(
+            f"the target's states are not finite for {found} of {records} records",
+            where=f"{folder / SET_ASIDE} lists their sample ids",
+            fix="try another --dtype (float16 overflows where bfloat16 does not) and another output folder; "
+            "to try the same again remove that file",
+        )
+
+
+def _write(folder: Path, sample_id: int, reason: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / SET_ASIDE).open("ab+", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 from specforge.alignment import teacher_rows
+from specforge.features import aside
 from specforge.features.index import Manifest, held_bytes
 from specforge.features.packing import Row
 from specforge.features.shard import record_bytes
@@ -40,6 +41,7 @@ class HybridSource:
         self._manifest, self._max_bytes = manifest, max_bytes
         self._ids = np.array([example.sample_id for example in examples])
         self._stored: Store | None = None
+        self._aside: set[int] = set()  # sample ids of what cannot be captured
         self._writer: StoreWriter | None = None
 
     @property
@@ -47,7 +49,7 @@ class HybridSource:
         return "data" if self._complete() else "target"
 
     def _complete(self) -> bool:
-        return self._stored is not None and len(self._stored) == len(self._ids)
+        return self._stored is not None and len(self._stored) + len(self._aside) == len(self._ids)
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         """Opens the store before anything is asked of the iterator; at the next call, and at the end, what was kept is
@@ -58,15 +60,15 @@ class HybridSource:
 
     def _batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
         place = {int(one): at for at, one in enumerate(self._stored.sample_ids)} if self._stored else {}
-        held = np.array([int(one) in place for one in self._ids])
-        missing = [[[at for at in row if not held[at]] for row in slot] for slot in slots]
+        wanted = np.array([int(one) not in place and int(one) not in self._aside for one in self._ids])
+        missing = [[[at for at in row if wanted[at]] for row in slot] for slot in slots]
         captured = self._live.batches(missing)
         for slot in slots:
-            fresh = next(captured)
-            self._keep(fresh)
-            new = iter(fresh)
-            row = slot[self._ranks.tp_rank]
-            yield [self._read(place[int(self._ids[at])]) if held[at] else next(new) for at in row]
+            fresh = {record.sample_id: record for record in next(captured)}
+            self._keep(fresh.values())
+            own = [int(self._ids[at]) for at in slot[self._ranks.tp_rank]]
+            there = [one for one in own if one in place or one in fresh]
+            yield [self._read(place[one]) if one in place else fresh[one] for one in there]
 
     def _read(self, place: int) -> FeatureRecord:
         assert self._stored
@@ -76,12 +78,15 @@ class HybridSource:
         """The store as all ranks see it, and this rank's writer where something is missing. Collective."""
         if self._complete():
             return
+        dist.barrier()  # what every rank has written so far is committed, and its lock is free
         if self._ranks.rank > 0:
             dist.barrier()  # writer 0 comes first
         self._writer = StoreWriter(self._folder, self._manifest, self._ranks.rank)
         if self._ranks.rank == 0:
             dist.barrier()
         self._stored = Store(self._folder, partial=True)
+        self._aside = set(aside.reasons(self._folder)) - set(self._stored.sample_ids.tolist())
+        aside.check_share(self._folder, len(self._ids))
         own = SHARD_OWN * (1 + (self._max_bytes or 0) // SHARD_BYTES)
         used = held_bytes(self._folder)
         dist.barrier()  # all ranks have read the same index before any of them adds to it
@@ -89,7 +94,7 @@ class HybridSource:
         if self._complete():
             self.close()
 
-    def _keep(self, records: Sequence[FeatureRecord]) -> None:
+    def _keep(self, records: Iterable[FeatureRecord]) -> None:
         for record in records if self._writer else []:
             if self._room is not None:
                 teachers = len(teacher_rows(record.loss_mask.cpu().numpy()))

@@ -1,10 +1,13 @@
-"""Planned batches through the target; where memory runs out in smaller passes."""
+"""Planned batches through the target; where memory runs out in smaller passes. No state that is not finite gets out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from specforge.errors import OutOfMemoryError
+from specforge.features.aside import NOT_FINITE, TOO_LARGE
 from specforge.records import Example, FeatureRecord, TargetEngine
 
 
@@ -18,8 +21,9 @@ class Passes:
         self._engine, self._examples = engine, examples
         self._limit: int | None = None  # tokens that did not fit
 
-    def run(self, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], list[FeatureRecord] | None]]:
-        """(indices of examples, their records) of each pass; None for records where one example alone is too large."""
+    def run(self, batch: Sequence[int]) -> Iterator[list[tuple[int, FeatureRecord | str]]]:
+        """For each pass (index of an example, its record) of all its examples; in place of a record that would poison
+        a training, or of an example that is too large alone, the reason why there is none."""
         parts = [batch]
         while parts:
             part = parts.pop()
@@ -29,11 +33,24 @@ class Passes:
             if records is None and len(part) > 1:
                 self._limit = tokens if self._limit is None else min(self._limit, tokens)
                 parts += [part[1::2], part[0::2]]  # longest first: every second one makes halves of about equal weight
+            elif records is None:
+                yield [(part[0], TOO_LARGE)]
             else:
-                yield part, records
+                sound = zip(part, records, finite(records), strict=True)
+                yield [(at, record if fine else NOT_FINITE) for at, record, fine in sound]
 
     def _capture(self, part: Sequence[int]) -> list[FeatureRecord] | None:
         try:
             return self._engine.capture([self._examples[at] for at in part])
         except OutOfMemoryError:
             return None
+
+
+def finite(records: Sequence[FeatureRecord]) -> list[bool]:
+    """Of each record, whether all its states are; the device is waited for once. One reading pass: a sum that an
+    infinite or NaN term entered is not finite, and finite states never sum to the largest number of bf16 or fp32
+    (fp16's is small). `sum(dtype=...)` was 10 to 40 times slower on a CPU."""
+    states = [tensor for record in records for tensor in (record.aux, record.last, record.teacher_lse)]
+    sums = [(tensor.float() if tensor.dtype == torch.float16 else tensor).sum() for tensor in states]
+    found: list[bool] = torch.isfinite(torch.stack(sums)).view(-1, 3).all(-1).tolist()
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specforge.errors import OutOfMemoryError
+from specforge.errors import EngineError, OutOfMemoryError
+from specforge.features import aside
 from specforge.features.packing import Row, in_batches
 from specforge.features.passes import Passes
 from specforge.features.store import Store
@@ -29,13 +31,17 @@ class StoreSource:
 
 
 class LiveSource:
-    """RecordSource over the live engine: the ranks of a replica capture all its rows together, each keeps its own."""
+    """RecordSource over the live engine: the ranks of a replica capture all its rows together, each keeps its own.
+
+    folder  where a record that is not finite is set aside; its row then lacks it. None: such a record is an error"""
 
     kind = "target"
 
-    def __init__(self, engine: TargetEngine, examples: Sequence[Example], tp_rank: int) -> None:
+    def __init__(
+        self, engine: TargetEngine, examples: Sequence[Example], tp_rank: int, folder: Path | None = None
+    ) -> None:
         self.lengths: NDArray[np.int64] = np.array([len(example.token_ids) for example in examples], dtype=np.int64)
-        self._engine, self._examples, self._tp_rank = engine, examples, tp_rank
+        self._engine, self._examples, self._tp_rank, self._folder = engine, examples, tp_rank, folder
         self._passes = Passes(engine, examples)
 
     def batches(self, slots: Sequence[Sequence[Row]]) -> Iterator[list[FeatureRecord]]:
@@ -45,11 +51,24 @@ class LiveSource:
             mine = set(slot[self._tp_rank])
             captured: dict[int, FeatureRecord] = {}
             for batch in in_batches(lengths, self._engine.tokens_per_batch):
-                for indices, records in self._passes.run([wanted[at] for at in batch]):
-                    if records is None:
-                        raise _too_large(self._examples[indices[0]])
-                    captured.update((i, r) for i, r in zip(indices, records, strict=True) if i in mine)
-            yield [captured[index].copy() for index in slot[self._tp_rank]]
+                for found in self._passes.run([wanted[at] for at in batch]):
+                    for index, record in found:
+                        if record == aside.TOO_LARGE:
+                            raise _too_large(self._examples[index])
+                        if isinstance(record, FeatureRecord) and index in mine:
+                            captured[index] = record
+                        elif index in mine:
+                            self._set_aside(self._examples[index].sample_id)
+            yield [captured[index].copy() for index in slot[self._tp_rank] if index in captured]
+
+    def _set_aside(self, sample_id: int) -> None:
+        if self._folder is None:
+            raise EngineError(
+                "the target's states are not finite",
+                where=f"sample {sample_id} of the data",
+                fix="try another --dtype (float16 overflows where bfloat16 does not), or leave the sample out",
+            )
+        aside.set_aside(self._folder, sample_id, aside.NOT_FINITE, len(self._examples))
 
 
 def held_out_batches(

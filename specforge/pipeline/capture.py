@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ import torch.distributed as dist
 from specforge import launch
 from specforge.alignment import teacher_rows
 from specforge.config import PrepareHiddenSettings
-from specforge.console import advance, is_main_rank, progress, say, show_error
+from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
-from specforge.errors import ConfigError, EngineError, SpecforgeError, StoreError
+from specforge.errors import ConfigError, StoreError
 from specforge.features import aside
 from specforge.features.index import Manifest, check_space, committed_ids, existing, held_bytes, refuse_busy
 from specforge.features.packing import in_batches
@@ -27,15 +26,20 @@ from specforge.features.shard import record_bytes
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter, fitting
 from specforge.pipeline.planning import write_rate
-from specforge.pipeline.shared import check_lengths, leave, manifest_of, refuse_foreign, start_engine
-from specforge.records import Example, FeatureRecord, Ranks, TargetEngine
+from specforge.pipeline.shared import (
+    check_lengths,
+    leave,
+    manifest_of,
+    refuse_foreign,
+    say_set_aside,
+    start_engine,
+    watched,
+)
+from specforge.records import Example, Ranks, TargetEngine
 from specforge.target import engine as engines
 from specforge.target import weights
-from specforge.watch import Watch
 
 Splits = dict[str, list[Example]]
-
-MOST_NOT_FINITE = 0.001  # of a split's records; more is a fault of the target, not of a record
 
 
 def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
@@ -58,12 +62,11 @@ def prepare_hidden(settings: PrepareHiddenSettings) -> int | None:
     room = _room(engine, ranks)
     _check_room(room, splits, planned)
     budget = min(settings.tokens_per_batch, room)
-    board = launch.board(timedelta(seconds=settings.rank_timeout))
     began, tokens = time.monotonic(), 0
-    with Watch((ranks.rank, ranks.world), board, settings.rank_timeout, _tell) as watch:
+    with watched(ranks, settings.rank_timeout, engine):
         for name, examples in splits.items():
             manifest = replace(manifests[name], tokens_per_batch=budget)
-            tokens += _capture_split(engine, examples, manifest, settings, name, ranks, watch)
+            tokens += _capture_split(engine, examples, manifest, settings, name, ranks)
     if is_main_rank():
         if tokens:
             rate = tokens / (time.monotonic() - began) / ranks.replicas
@@ -113,11 +116,6 @@ def _check_room(room: int, splits: Splits, planned: Sequence[int]) -> None:
         )
 
 
-def _tell(error: SpecforgeError) -> None:
-    if launch.speaks():
-        show_error(str(error))
-
-
 def _capture_split(
     engine: TargetEngine,
     examples: Sequence[Example],
@@ -125,7 +123,6 @@ def _capture_split(
     settings: PrepareHiddenSettings,
     name: str,
     ranks: Ranks,
-    watch: Watch,
 ) -> int:
     """Each planned batch goes to the replica that is free first; each rank of it writes every tp-th of the records.
     Returns the tokens captured, by all replicas."""
@@ -135,7 +132,7 @@ def _capture_split(
     writer = StoreWriter(folder, manifest, ranks.rank, shard_bytes)
     if ranks.rank == 0:
         dist.barrier()
-    _check_finite_share(writer)
+    aside.check_share(folder, len(examples))
     held = sum(held_bytes(store) for store in settings.output.iterdir() if store.is_dir())
     finished = writer.committed | aside.reasons(folder).keys()
     dist.barrier()  # all ranks have read the same index before any of them adds to it
@@ -152,10 +149,12 @@ def _capture_split(
     passes, shown = Passes(engine, examples), 0
     with writer, progress(f"capturing {name}", int(until[-1]), "tokens") as bar:
         for number in launch.claimed(fit, ranks, f"capture/{name}"):
-            for part, records in passes.run(todo[number]):
-                own = slice(ranks.tp_rank, None, ranks.tp_size)
-                keep(writer, [examples[at] for at in part[own]], records[own] if records else None)
-                watch.beat()
+            for captured in passes.run(todo[number]):
+                for at, found in islice(captured, ranks.tp_rank, None, ranks.tp_size):
+                    if isinstance(found, str):
+                        aside.set_aside(folder, examples[at].sample_id, found, len(examples))
+                    else:
+                        writer.add(found)
             advance(bar, int(until[number + 1]) - shown)  # all before it is done, or in work on another replica
             shown = int(until[number + 1])
         advance(bar, int(until[-1]) - shown)
@@ -170,45 +169,11 @@ def _capture_split(
     return int(until[-1])
 
 
-def keep(writer: StoreWriter, examples: Sequence[Example], records: Sequence[FeatureRecord] | None) -> None:
-    """Into the store, or set aside where there are no records, or one that would poison the training."""
-    sound = finite(records) if records else [False] * len(examples)
-    for at, example in enumerate(examples):
-        if records and sound[at]:
-            writer.add(records[at])
-        elif example.sample_id not in aside.reasons(writer.folder):
-            reason = aside.NOT_FINITE if records else aside.TOO_LARGE
-            aside.set_aside(writer.folder, example.sample_id, reason)
-            _check_finite_share(writer)
-
-
-def finite(records: Sequence[FeatureRecord]) -> list[bool]:
-    """Of each record, whether all its states are; the device is waited for once. One reading pass: a sum that an
-    infinite or NaN term entered is not finite, and finite states never sum to the largest number of bf16 or fp32
-    (fp16's is small). `sum(dtype=...)` was 10 to 40 times slower on a CPU."""
-    states = [tensor for record in records for tensor in (record.aux, record.last, record.teacher_lse)]
-    sums = [(tensor.float() if tensor.dtype == torch.float16 else tensor).sum() for tensor in states]
-    found: list[bool] = torch.isfinite(torch.stack(sums)).view(-1, 3).all(-1).tolist()
-    return found
-
-
-def _check_finite_share(writer: StoreWriter) -> None:
-    found = list(aside.reasons(writer.folder).values()).count(aside.NOT_FINITE)
-    if found > MOST_NOT_FINITE * writer.manifest.num_records:
-        raise EngineError(
-            f"the target's states are not finite for {found} of {writer.manifest.num_records} records",
-            where=f"{writer.folder / aside.SET_ASIDE} lists their sample ids",
-            fix="try another --dtype (float16 overflows where bfloat16 does not) with another --output; "
-            "to try the same again remove that file",
-        )
-
-
 def _say_result(settings: PrepareHiddenSettings, splits: Splits) -> None:
     size = 0
     for name in splits:
         folder = settings.output / name
         size += Store(folder).bytes()
-        for reason, count in Counter(aside.reasons(folder).values()).items():
-            say(f"{name}: {count} records set aside ({reason}), listed in {folder / aside.SET_ASIDE}")
+        say_set_aside(name, folder)
     say(f"features: {size / 1e6:,.0f} MB in {settings.output}")
     say(f"next: specforge train --features {settings.output} --model-path {settings.model_path}")

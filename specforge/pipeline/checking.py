@@ -23,6 +23,7 @@ from specforge.errors import ConfigError
 from specforge.evaluate.acceptance import surprise, teacher_forced
 from specforge.evaluate.agreement import Agreement, agreement
 from specforge.evaluate.shape import Shape
+from specforge.features.sources import LiveSource
 from specforge.features.store import Store
 from specforge.pipeline.shared import (
     SERVED_STEPS,
@@ -32,6 +33,7 @@ from specforge.pipeline.shared import (
     leave,
     say_serving,
     start_engine,
+    watched,
 )
 from specforge.records import HARDLY, Acceptance, Example, FeatureBatch, FeatureRecord, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
@@ -184,24 +186,25 @@ def _with_features(
     if settings.data or engines.choose(settings.engine) == "sglang":
         own = settings.model_copy(update={"aux_layers": layers})
         engine = start_engine(own, info, ranks, Path("."))
-    if settings.data:
-        assert engine is not None
-        records = _captured(settings, engine, tokenizer)
-    else:
-        records = _stored(settings, report, info, layers, ranks)
-    if not records:
-        return
-    if engine is None:
-        report.skip(COMPARED, "the target does not run in SGLang")
-    else:
-        seen = _compare(report, found, info, engine, records, ranks)
-        if isinstance(seen, str):
-            report.skip(COMPARED, seen)
-    _measure(settings, report, found, info, records, ranks, engine)
-    if engine is None:
-        report.skip(NEIGHBOURS, "a store holds no other layers")
-    else:
-        _neighbours(report, found, info, engine, records, ranks)
+    with watched(ranks, settings.rank_timeout, engine):
+        if settings.data:
+            assert engine is not None
+            records = _captured(settings, engine, tokenizer)
+        else:
+            records = _stored(settings, report, info, layers, ranks)
+        if not records:
+            return
+        if engine is None:
+            report.skip(COMPARED, "the target does not run in SGLang")
+        else:
+            seen = _compare(report, found, info, engine, records, ranks)
+            if isinstance(seen, str):
+                report.skip(COMPARED, seen)
+        _measure(settings, report, found, info, records, ranks, engine)
+        if engine is None:
+            report.skip(NEIGHBOURS, "a store holds no other layers")
+        else:
+            _neighbours(report, found, info, engine, records, ranks)
 
 
 def _enough(examples: Sequence[Example], positions: int) -> list[Example]:
@@ -219,10 +222,8 @@ def _captured(settings: CheckSettings, engine: TargetEngine, tokenizer: ChatToke
     file = settings.data / "test.jsonl" if settings.data.is_dir() else settings.data
     examples = _enough(prepared.load_examples(file, tokenizer, settings, limit=256), settings.positions)
     check_lengths({"test": examples}, settings.tokens_per_batch)
-    records = list[FeatureRecord]()
-    for example in examples:  # one at a time: an engine may keep its states in a buffer of the last pass
-        records += [record.copy() for record in engine.capture([example])]
-    return records
+    captured = LiveSource(engine, examples, tp_rank=0).batches([[[at]] for at in range(len(examples))])
+    return [record for records in captured for record in records]
 
 
 def _stored(

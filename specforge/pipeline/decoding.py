@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from specforge import hardware
 from specforge.config import BenchmarkSettings, flags
 from specforge.console import console, is_main_rank, say, tracked
 from specforge.errors import ConfigError
@@ -150,7 +151,7 @@ def _compared(
     say(said)
     return {
         "engine": engine.name,
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": hardware.name(engine.dtype),
         "temperature": settings.temperature,
         "seed": settings.seed,
         "batch_size": settings.batch_size,

@@ -1,4 +1,5 @@
-"""What a capture will cost, before any GPU hour: from the data, the target's config and the headers of its weights."""
+"""What capture and training will cost, before any GPU hour: from the data, the target's config and the headers of its
+weights."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from specforge.config import PlanSettings
 from specforge.console import console, say
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
+from specforge.draft.memory import kept_bytes, loss_bytes
 from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.errors import ConfigError
 from specforge.features.codec import CODECS, codec_for
@@ -25,9 +27,12 @@ from specforge.pipeline.shared import check_lengths
 from specforge.records import HEAD_LOGITS, MAX_EXAMPLES, Example, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
-from specforge.train.muon import is_muon
+from specforge.train import recipe
+from specforge.train.muon import is_muon, update_bytes
 
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1, "B"))
+BUCKET = 500_000_000  # gradients: DeepSpeed's reduce_bucket_size if ds_config.json names none
+TOTAL = "memory of"  # begins the last line of a kind of rank
 RATE_FILE = "capture.json"
 
 
@@ -53,12 +58,12 @@ def plan(settings: PlanSettings) -> int | None:
     lines = [
         *data_figures(examples, splits),
         *disk_figures(examples, info, wanted),
-        *memory_figures(settings, info, dtype),
+        *memory_figures(settings, info, dtype, max(len(example.token_ids) for example in examples)),
         *hour_figures(settings, info, sum(len(example.token_ids) for example in examples)),
     ]
     table = Table("what", "figure", "why", title=f"{settings.model_path}, {settings.data}", title_justify="left")
     for line in lines:
-        table.add_row(line.what, _shown(line), line.why)
+        table.add_row(line.what, _shown(line), line.why, end_section=line.what.startswith(TOTAL))
     console.print(table)
     following = "train --online" if settings.online else "prepare-hidden"
     say(f"next: specforge {following} --model-path {settings.model_path} --data {settings.data}")
@@ -96,14 +101,26 @@ def disk_figures(examples: list[Example], info: TargetInfo, wanted: str) -> list
     return lines
 
 
-def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype) -> list[Figure]:
-    """GPU memory of one rank. Each figure names its formula; activations are estimates, the rest is exact but for what
-    the allocator rounds up."""
+def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype, longest: int) -> list[Figure]:
+    """GPU memory of one rank: of capture and of training from the store, or of training with the live target.
+    `longest`: tokens of the longest sample."""
+    target, draft = target_figures(settings, info, dtype), draft_figures(settings, info, longest)
+    if settings.online:
+        return [*target, *draft, _total("an online training rank", [*target, *draft])]
+    return [*target, _total("a capture rank", target), *draft, _total("an offline training rank", draft)]
+
+
+def _total(kind: str, lines: list[Figure]) -> Figure:
+    return Figure(f"{TOTAL} {kind}", sum(line.value for line in lines), "B", "sum of the above")
+
+
+def target_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype) -> list[Figure]:
+    """The target's share. Activations are an estimate, the rest is exact but for what the allocator rounds up."""
     config: dict[str, Any] = info.config
     tp, width, hidden = settings.tp_size, dtype.itemsize, info.hidden_size
     tokens = settings.tokens_per_batch
     intermediate = int(config.get("intermediate_size") or 4 * hidden)
-    lines = [
+    return [
         Figure("memory, weights", weights.loaded_bytes(info, dtype) / tp, "B", f"all tensors / tensor parallel {tp}"),
         Figure(
             "memory, KV cache",
@@ -130,10 +147,6 @@ def memory_figures(settings: PlanSettings, info: TargetInfo, dtype: torch.dtype)
             "estimate: residual, norm, attention and gated MLP of one layer",
         ),
     ]
-    if settings.online:
-        lines += draft_figures(settings, info)
-    lines.append(Figure("memory of a rank", sum(line.value for line in lines), "B", "sum of the above"))
-    return lines
 
 
 def cache_bytes_a_token(info: TargetInfo, tp_size: int, width: int) -> float:
@@ -148,10 +161,9 @@ def cache_bytes_a_token(info: TargetInfo, tp_size: int, width: int) -> float:
     return info.num_layers * 2 * kv_heads * head_dim * width
 
 
-def draft_figures(settings: PlanSettings, info: TargetInfo) -> list[Figure]:
-    """The draft in bf16 under ZeRO-2: parameters on every rank; gradients (2 bytes), the fp32 copy (4) and the moments
-    in fp32, one of Muon's matrices and two of the rest, shared by all ranks (Rajbhandari et al., arXiv 1910.02054,
-    section 5)."""
+def draft_figures(settings: PlanSettings, info: TargetInfo, longest: int) -> list[Figure]:
+    """The draft's share: bf16 under ZeRO-2, which has parameters on every rank and shares the rest (Rajbhandari et al.,
+    arXiv 1910.02054, section 5). Rows are as long as they may be, and every token of theirs counts at every step."""
     layers = engines.aux_layers_of(settings, info)
     config = DraftConfig.for_target(
         info, layers, settings.draft_vocab_size, settings.draft_intermediate_size, **settings.norms()
@@ -159,31 +171,45 @@ def draft_figures(settings: PlanSettings, info: TargetInfo) -> list[Figure]:
     with torch.device("meta"):
         named = dict(Eagle3Draft(config).named_parameters())
     parameters = sum(parameter.numel() for parameter in named.values())
-    matrices = sum(parameter.numel() for name, parameter in named.items() if is_muon(name, parameter.shape))
+    matrices = [parameter.shape for name, parameter in named.items() if is_muon(name, parameter.shape)]
     world = settings.tp_size * (settings.dp_size or 1)
-    rows, hidden = settings.steps * settings.row_tokens, info.hidden_size
-    return [
+    row = max(settings.row_tokens, longest)
+    kept, loss = (of(config, row, settings.steps, 2) for of in (kept_bytes, loss_bytes))
+    lines = [
         Figure("memory, draft", 2 * parameters, "B", f"{parameters / 1e6:,.1f} M parameters in bf16"),
         Figure("memory, gradients", 2 * parameters / world, "B", f"bf16, ZeRO-2 shares them over {world} ranks"),
         Figure(
             "memory, optimizer",
-            (12 * parameters - 4 * matrices) / world,
+            (12 * parameters - 4 * sum(shape.numel() for shape in matrices)) / world,
             "B",
-            f"fp32 copy and moments, over {world} ranks",
+            f"fp32 copy, one moment of Muon's matrices and two of the rest, over {world} ranks",
         ),
         Figure(
             "memory, embedding and head rows",
-            2 * hidden * (info.vocab_size + config.draft_vocab_size),
+            2 * info.hidden_size * (info.vocab_size + config.draft_vocab_size),
             "B",
             "the target's, frozen, in bf16",
         ),
         Figure(
-            "memory, unrolled draft",
-            2 * rows * (12 * hidden + 4 * config.intermediate_size),
+            "memory, packed rows",
+            2 * max(row, recipe.MOST // world) * (len(layers) + 1) * info.hidden_size,
             "B",
-            f"estimate: what {settings.steps} steps over --row-tokens {settings.row_tokens:,} keep for the backward",
+            f"states of {recipe.MOST:,} tokens, an optimizer step's most, over {world} ranks; a row at least",
         ),
+        Figure(
+            "memory, unrolled draft",
+            kept,
+            "B",
+            f"kept for the backward: {settings.steps} steps over {row:,} tokens, all of which count (draft/memory.py)",
+        ),
+        Figure("memory, loss", loss, "B", "on top of that, at its peak"),
+        Figure("memory, gradient bucket", 2 * BUCKET, "B", f"DeepSpeed's, {BUCKET:,} values, during the backward"),
     ]
+    update, free = update_bytes(parameters, matrices, world), kept + loss + 2 * BUCKET
+    if update > free:
+        why = f"{update / 1e9:,.1f} GB after the backward, less what the last three leave free"
+        lines.append(Figure("memory, optimizer step", update - free, "B", why))
+    return lines
 
 
 def hour_figures(settings: PlanSettings, info: TargetInfo, tokens: int) -> list[Figure]:

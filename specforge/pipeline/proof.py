@@ -37,6 +37,7 @@ from specforge.pipeline.shared import (
     leave,
     say_serving,
     start_engine,
+    watched,
 )
 from specforge.records import Example, Ranks, RecordSource, TargetEngine
 from specforge.target import engine as engines
@@ -97,27 +98,28 @@ def benchmark(settings: BenchmarkSettings) -> int | None:
         shape=shape,
     )
     rows = pack_rows(source.lengths, settings.max_length, seed=0, epoch=0)
-    forced = teacher_forced(
-        drafting.draft,
-        drafting.embedding_VH,
-        drafting.kept_D,
-        held_out_batches(source, rows, ranks, dtype),
-        settings.steps,
-        calibrate=True,
-    )
-    said = figures(forced, domains)
-    _show(said)
-    result: dict[str, Any] = {
-        "draft": str(settings.draft),
-        "target": settings.model_path,
-        "steps": settings.steps,
-        "questions": settings.questions,
-        "teacher_forced": said,
-    }
-    if chosen and engine is not None:
-        topics = [question.domain for question in asked]
-        result |= decoding(settings, engine, drafting, chosen, tokenizer.stop_ids(), topics)
-        result |= side_by_side(result)
+    with watched(ranks, settings.rank_timeout, engine) as watch:
+        forced = teacher_forced(
+            drafting.draft,
+            drafting.embedding_VH,
+            drafting.kept_D,
+            watch.over(held_out_batches(source, rows, ranks, dtype)),
+            settings.steps,
+            calibrate=True,
+        )
+        said = figures(forced, domains)
+        _show(said)
+        result: dict[str, Any] = {
+            "draft": str(settings.draft),
+            "target": settings.model_path,
+            "steps": settings.steps,
+            "questions": settings.questions,
+            "teacher_forced": said,
+        }
+        if chosen and engine is not None:
+            topics = [question.domain for question in asked]
+            result |= decoding(settings, engine, drafting, chosen, tokenizer.stop_ids(), topics)
+            result |= side_by_side(result)
     if settings.output and is_main_rank():
         write_json(settings.output, result)
     if not result.get("decode", {}).get("greedy_lossless", True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from specforge.config import EngineSettings, RegenerateSettings, flags
+from specforge.config import RankSettings, RegenerateSettings, flags
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import formats
 from specforge.data.dialogue import Dialogue, Outcome, read_special_texts
@@ -60,7 +60,7 @@ def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int 
     from specforge import hardware, launch
     from specforge.data.regenerate import Regenerator
     from specforge.data.tokenize import ChatTokenizer
-    from specforge.pipeline.shared import leave, start_engine
+    from specforge.pipeline.shared import leave, start_engine, watched
     from specforge.target import engine as engines
     from specforge.target import weights
 
@@ -93,7 +93,7 @@ def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int 
         engine = start_engine(settings, info, ranks, settings.output.parent)
         sampling = _sampling(settings, tokenizer.stop_ids())
         regenerator = Regenerator(engine, tokenizer, sampling, settings.seed, longest)
-        with _recording(finished, len(todo)) as take:
+        with _recording(finished, len(todo)) as take, watched(ranks, settings.rank_timeout, engine):
             for outcome in regenerator.outcomes(todo, settings.concurrency):
                 take(outcome)
     if is_main_rank():
@@ -114,7 +114,7 @@ def _check(settings: RegenerateSettings) -> None:
         )
     if settings.server is None and settings.model_path is None:
         raise ConfigError("no target is given", where="--model-path, --server", fix="give one of them")
-    engine_only = settings.model_fields_set & set(EngineSettings.model_fields) - {"model_path"}
+    engine_only = settings.model_fields_set & set(RankSettings.model_fields) - {"model_path"}
     if settings.server and engine_only:
         raise ConfigError(
             "a server runs the target as it was started",

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from specforge import console, hardware
+from specforge import console, hardware, launch
 from specforge.config import PrepareHiddenSettings, TrainSettings
-from specforge.console import is_main_rank, say
+from specforge.console import is_main_rank, say, show_error
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
-from specforge.errors import ConfigError, StoreError
+from specforge.errors import ConfigError, SpecforgeError, StoreError
 from specforge.evaluate.launched import arguments, command_line
 from specforge.evaluate.shape import Shape
+from specforge.features import aside
 from specforge.features.codec import codec_for
 from specforge.features.index import Manifest
 from specforge.features.store import Store
 from specforge.records import Example, Ranks, TargetEngine, TargetInfo
 from specforge.target import engine as engines
+from specforge.watch import Watch
 
 
 def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path) -> TargetEngine:
@@ -36,9 +40,25 @@ def start_engine(settings: Any, info: TargetInfo, ranks: Ranks, log_folder: Path
 
 
 def drafting_dtype(info: TargetInfo, engine: TargetEngine | None, ranks: Ranks) -> torch.dtype:
-    """The dtype of a draft that is measured: bf16, or float32 beside a target in float32 and on a CPU without bf16."""
+    """The dtype of a draft that is measured: bf16, or float32 with a target in float32 or on a CPU without bf16."""
     wide = torch.float32 in (info.dtype, engine.dtype if engine else None)
     return torch.float32 if wide else hardware.compute_dtype(torch.bfloat16, ranks.device)
+
+
+@contextmanager
+def watched(ranks: Ranks, timeout_s: float, engine: TargetEngine | None = None) -> Iterator[Watch]:
+    """What all ranks do together, after each has loaded what it needs: see Watch. Passes of the engine are beats."""
+    dist.barrier()  # who still loads is not silent
+    with Watch((ranks.rank, ranks.world), launch.board(), timeout_s, _tell) as watch:
+        if engine is not None:
+            engine.on_pass = watch.beat
+        yield watch
+        dist.barrier()  # who has done his part no longer looks for the others
+
+
+def _tell(error: SpecforgeError, surely: bool) -> None:
+    if surely or launch.speaks():
+        show_error(str(error))
 
 
 def log_name() -> str:
@@ -58,6 +78,11 @@ def refuse_foreign(folder: Path, *own: str) -> None:
         raise ConfigError(
             "the output folder holds something else", where=f"--output {folder}", fix="choose a new or empty folder"
         )
+
+
+def say_set_aside(split: str, folder: Path) -> None:
+    for reason, count in Counter(aside.reasons(folder).values()).items():
+        say(f"{split}: {count} records set aside ({reason}), listed in {folder / aside.SET_ASIDE}")
 
 
 def check_lengths(splits: dict[str, list[Example]], tokens_per_batch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -22,12 +23,12 @@ from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
-from specforge.errors import ConfigError, StoreError
+from specforge.errors import ConfigError, StoreError, TrainingError
 from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.shape import Shape
 from specforge.features.hybrid import HybridSource
 from specforge.features.index import existing, refuse_busy
-from specforge.features.packing import pack_rows, share_out
+from specforge.features.packing import Row, pack_rows, share_out
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
 from specforge.files import write_json
@@ -41,17 +42,22 @@ from specforge.pipeline.shared import (
     manifest_of,
     refuse_foreign,
     say_serving,
+    say_set_aside,
     start_engine,
+    watched,
 )
 from specforge.records import Acceptance, Ranks, RecordSource, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
+from specforge.target.memory import is_out_of_memory
 from specforge.train import checkpoint, tracker
 from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training
 from specforge.train.optimizer import DraftOptimizer, deepspeed_config, training_dtype
 from specforge.train.plain import PlainOptimizer
 from specforge.train.recipe import Recipe, choose
+
+SET_ASIDE = "set-aside"  # folder in the output: what could not be captured, where no store keeps it
 
 
 def train(settings: TrainSettings) -> int | None:
@@ -130,13 +136,17 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     sources: dict[str, RecordSource] = {}
     with contextlib.ExitStack() as stack:
         for name, examples in splits.items():
-            sources[name] = live = LiveSource(engine, examples, ranks.tp_rank)
+            folder = settings.features / name if settings.features else settings.output / SET_ASIDE / name
+            sources[name] = live = LiveSource(engine, examples, ranks.tp_rank, folder)
             if settings.features:
                 limit = settings.max_disk and settings.max_disk * len(examples) // sum(map(len, splits.values()))
-                kept = HybridSource(live, examples, settings.features / name, manifests[name], ranks, limit)
+                kept = HybridSource(live, examples, folder, manifests[name], ranks, limit)
                 sources[name] = stack.enter_context(kept)
         data_hash, target_dtype = prepared.data_hash(splits["train"]), hardware.name(engine.dtype)
-        return _train(settings, info, layers, data_hash, target_dtype, counts_V, tokenizer, sources, ranks, engine)
+        code = _train(settings, info, layers, data_hash, target_dtype, counts_V, tokenizer, sources, ranks, engine)
+        for name in splits:
+            say_set_aside(name, (settings.features or settings.output / SET_ASIDE) / name)
+        return code
 
 
 def _train(
@@ -158,8 +168,9 @@ def _train(
     identity = _identity(settings, recipe, info, layers, data_hash, dtypes)
     initial = _initial(settings, info, layers) if settings.init_from else None
     state, kept, tensors = _resume_point(settings, identity)
-    if is_main_rank() and not settings.resume:  # or a later resume would find the run that was given up
-        for name in ("checkpoints", "best"):
+    if is_main_rank():
+        given_up = () if settings.resume else ("checkpoints", "best")  # or a later resume would find them
+        for name in given_up if state else (*given_up, SET_ASIDE):
             shutil.rmtree(settings.output / name, ignore_errors=True)
     if kept is None and initial:
         kept = initial[1].numpy()
@@ -193,10 +204,6 @@ def _train(
     )
     held_out_rows = pack_rows(sources["test"].lengths, recipe.row_tokens, seed=0, epoch=0)
 
-    def evaluate() -> Acceptance:
-        batches = held_out_batches(sources["test"], held_out_rows, ranks, dtype)
-        return teacher_forced(draft.eval(), step.embedding_VH, kept_D, batches, settings.steps)
-
     @lru_cache(maxsize=1)
     def plan(epoch: int) -> Slots:
         rows = pack_rows(sources["train"].lengths, recipe.row_tokens, settings.seed, epoch)
@@ -205,8 +212,14 @@ def _train(
     curves = None
     if is_main_rank() and settings.tracker != "none":
         curves = tracker.Tracker(settings.tracker, settings.output, settings.model_dump(mode="json"))
-    finished = run_training(
-        Run(
+    with watched(ranks, settings.rank_timeout, engine) as watch:
+        step.register_forward_hook(lambda *_: watch.beat())  # of each packed row
+
+        def evaluate() -> Acceptance:
+            batches = watch.over(held_out_batches(sources["test"], held_out_rows, ranks, dtype))
+            return teacher_forced(draft.eval(), step.embedding_VH, kept_D, batches, settings.steps)
+
+        run = Run(
             settings=settings,
             ranks=ranks,
             step=step,
@@ -217,22 +230,47 @@ def _train(
             evaluate=evaluate,
             identity=identity,
             dtype=dtype,
+            beat=watch.beat,
             tracker=curves,
             state=state or checkpoint.RunState(),
         )
-    )
+        finished = _run(run)
+        passed = not finished or _passes(settings, info, tokenizer, engine, sources["test"], held_out_rows, ranks)
     if curves:
         curves.close()
-    if not finished:
-        leave(ranks)
-        return None
-    few = held_out_rows[:1] if engine else []
-    records = [record for found in sources["test"].batches([few * ranks.tp_size]) for record in found] if few else []
+    leave(ranks)
+    return None if passed else 2
+
+
+def _run(run: Run) -> bool:
+    try:
+        return run_training(run)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"the draft's step does not fit into memory: {str(error).splitlines()[0]}",
+            where=f"behind step {run.state.updates}",
+            fix="lower --row-tokens or --steps; with --online give the target less with --mem-frac, or raise --tp-size",
+        ) from error
+
+
+def _passes(
+    settings: TrainSettings,
+    info: TargetInfo,
+    tokenizer: ChatTokenizer,
+    engine: TargetEngine | None,
+    held_out: RecordSource,
+    rows: Sequence[Row],
+    ranks: Ranks,
+) -> bool:
+    """Whether the best draft is what servers take it for. Says how to serve it."""
+    few = list(rows[:1]) if engine else []
+    records = [record for found in held_out.batches([few * ranks.tp_size]) for record in found] if few else []
     passed = after_training(settings.output / "best", info, tokenizer, engine, records, ranks)
     if passed:
         say_serving(settings.output / "best", info.path, Shape.chain(min(settings.steps, SERVED_STEPS)))
-    leave(ranks)
-    return None if passed else 2
+    return passed
 
 
 def _initial(settings: TrainSettings, info: TargetInfo, layers: tuple[int, ...]) -> tuple[Eagle3Draft, torch.Tensor]:

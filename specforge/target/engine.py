@@ -99,6 +99,7 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
                 tokens_per_batch=settings.tokens_per_batch,
                 trust_remote_code=settings.trust_remote_code,
             )
+        engine.self_check()
     except SpecforgeError:
         raise
     except Exception as error:
@@ -108,7 +109,6 @@ def load(settings: EngineSettings, info: TargetInfo, ranks: Ranks) -> TargetEngi
             fix="see specforge.log in the output folder (--debug shows the traceback); "
             "out of memory: lower --mem-frac or raise --tp-size",
         ) from error
-    engine.self_check()
     return engine
 
 

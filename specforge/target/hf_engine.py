@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class HfEngine:
             )
         self.info, self.aux_layers, self.tokens_per_batch = info, aux_layers, tokens_per_batch
         self.device, self.dtype = ranks.device, dtype
+        self.on_pass: Callable[[], None] = lambda: None
         self.serves_eagle3 = True  # not known here; SGLang's engine says where it cannot
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             info.path, dtype=dtype, trust_remote_code=trust_remote_code
@@ -70,6 +71,7 @@ class HfEngine:
             output_hidden_states=True,
             logits_to_keep=rows,
         )
+        self.on_pass()
         aux = torch.cat([self._redefined.get(k, out.hidden_states[k + 1])[0] for k in self.aux_layers], dim=-1)
         return aux, out.hidden_states[-1][0, rows], out.logits[0].float()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 CACHED = 3 << 20  # bytes of fp32 logits that stay in a CPU core's cache between the passes over them
@@ -34,6 +37,45 @@ def columns(logits_nV: Tensor, softcap: float | None = None) -> tuple[Tensor, Te
         best.append((group_r1[:, 0] * group + in_group_rG.argmax(-1)).to(torch.int32))
         lse.append(own_rW.sub_(most_r1).exp_().sum(-1).log_() + most_r1[:, 0])
     return torch.cat(best), torch.cat(lse)
+
+
+class Shard(NamedTuple):
+    """The part of the vocabulary whose logits a rank has."""
+
+    start: int
+    size: int  # without what fills the vocabulary up
+
+
+def shard_columns(logits_nW: Tensor, shard: Shard, softcap: float | None) -> Tensor:
+    """[n, 3] float64, which holds each exactly: argmax (a token id), the logit there, logsumexp, over the shard alone.
+    `logits_nW` may have more columns than the shard; -inf where the shard is empty."""
+    if shard.size == 0:
+        return logits_nW.new_full((len(logits_nW), 3), float("-inf"), dtype=torch.float64)
+    own_nW = logits_nW[:, : shard.size]
+    best_n, lse_n = columns(own_nW, softcap)
+    most_n = capped(own_nW.gather(1, best_n.long()[:, None])[:, 0].float(), softcap)
+    return torch.stack([best_n.double() + shard.start, most_n.double(), lse_n.double()], dim=1)
+
+
+def merged(found_n3: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """`columns` of the whole vocabulary out of `shard_columns` of each rank of the group, in the order of their shards.
+    Collective."""
+    if group is None:
+        return found_n3[:, 0].to(torch.int32), found_n3[:, 2].float()
+    every = [torch.empty_like(found_n3) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, found_n3, group=group)
+    best_rn, most_rn, lse_rn = torch.stack(every).unbind(-1)
+    first_1n = most_rn.argmax(0, keepdim=True)  # of equals the first, as in `columns`
+    return best_rn.gather(0, first_1n)[0].to(torch.int32), lse_rn.logsumexp(0).float()
+
+
+def gathered(logits_nW: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[n, V or more] the logits of all ranks side by side. Collective."""
+    if group is None:
+        return logits_nW
+    every = [torch.empty_like(logits_nW) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, logits_nW.contiguous(), group=group)
+    return torch.cat(every, dim=1)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

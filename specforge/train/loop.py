@@ -50,6 +50,7 @@ class Run:
     evaluate: Callable[[], Acceptance]  # on held-out records; collective
     identity: dict[str, Any]  # what a resumed run must share
     dtype: torch.dtype
+    beat: Callable[[], None] = lambda: None  # called where long work has come on
     tracker: Tracker | None = None
     state: RunState = field(default_factory=RunState)
 
@@ -232,12 +233,14 @@ def _packed(run: Run, records: list[FeatureRecord]) -> FeatureBatch | None:
 def _save(run: Run, best: bool = False) -> None:
     """A checkpoint, and the draft as `best` where it is. Collective; rank 0 writes."""
     settings, state = run.settings, run.state
-    tensors = run.optimizer.state()
+    tensors = run.optimizer.state()  # on rank 0
+    run.beat()
     if is_main_rank():
         folder, draft, kept_D = run.output / "checkpoints", run.step.draft, run.step.kept_D
         if best:
             weights = {name: tensors[name] for name in draft.state_dict()}
             draft_folder.save(run.output / "best", draft, kept_D, weights, run.dtype)
+            run.beat()
         checkpoint.save(folder, draft, kept_D, tensors, state, run.identity, run.dtype)
         checkpoint.keep_newest(folder, settings.keep)
     dist.barrier()

@@ -59,6 +59,16 @@ def orthogonal_flops(shapes: Iterable[Sequence[int]]) -> int:
     return NEWTON_SCHULZ_STEPS * sum(4 * n * n * m + 2 * n**3 for n, m in sides)
 
 
+def update_bytes(parameters: int, matrices: Sequence[torch.Size], world: int) -> float:
+    """What an optimizer step takes on a rank beyond its state, in bf16 under ZeRO 1 and 2: gradients in fp32; the
+    matrices' updates, this rank's and those of all; the orthogonal ones in bf16; then this rank's of these in fp32, or
+    before that what Newton-Schulz needs for the largest."""
+    sizes = [shape.numel() for shape in matrices]
+    whole = 4 * sum(sizes)
+    gathered = whole if world > 1 else 0
+    return (4 * parameters + whole) / world + gathered + whole / 2 + max(6 * max(sizes), whole / world)
+
+
 def scale(shape: torch.Size) -> float:
     """What an orthogonal matrix is multiplied by, so that its elements are as large as AdamW's updates."""
     return 0.2 * math.sqrt(max(shape))

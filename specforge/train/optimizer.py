@@ -273,21 +273,26 @@ class DraftOptimizer:
             step()
 
     def state(self) -> dict[str, Tensor]:
-        """fp32 weights by name, and their moments as MOMENT.NAME; whole, on the CPU. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+        """On rank 0 the fp32 weights by name, and their moments as MOMENT.NAME; whole, on the CPU. Nothing on the other
+        ranks. Collective."""
         found: dict[str, Tensor] = {}
         for name, parameter in self._named():
-            kinds = self._moments(name, parameter)
-            if self._stage:
-                values = [safe_get_full_fp32_param(parameter)]
-                values += [safe_get_full_optimizer_state(parameter, kind) for kind in kinds]
-            else:
-                of_parameter = self._engine.optimizer.state[parameter]
-                values = [parameter.detach(), *(of_parameter[kind] for kind in kinds)]
-            for prefix, value in zip(("", *(f"{kind}." for kind in kinds)), values, strict=True):
-                found[prefix + name] = value.to("cpu", torch.float32).clone()
+            for kind in ("", *self._moments(name, parameter)):
+                value = self._whole(parameter, kind)
+                if self._ranks.rank == 0:
+                    found[f"{kind}.{name}" if kind else name] = value.to("cpu", torch.float32).clone()
         return found
+
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The weight in fp32, or with `kind` that moment. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        value: Tensor
+        if not self._stage:
+            value = self._engine.optimizer.state[parameter][kind] if kind else parameter.detach()
+        else:
+            value = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
+        return value
 
     def load_state(self, state: dict[str, Tensor], updates: int) -> None:
         """The inverse of `state`, after `updates` optimizer steps. Every rank passes the same tensors."""

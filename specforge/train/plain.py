@@ -23,7 +23,7 @@ class PlainOptimizer:
         self.module = module
         self._clip = float(config["gradient_clipping"])
         self._weights = {name: p.detach().float().clone() for name, p in module.draft.named_parameters()}
-        self._config = config
+        self._config, self._rank = config, ranks.rank
         self._optimizer = make_optimizer(list(self._weights.items()), config, ranks.device)
         module.draft.to(training_dtype(config))
 
@@ -64,6 +64,8 @@ class PlainOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """As DraftOptimizer.state."""
+        if self._rank:
+            return {}
         found = dict(self._weights)
         for name, weight in self._weights.items():
             of_weight = self._optimizer.state[weight]

@@ -6,7 +6,6 @@ import json
 import resource
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch.distributed as dist
 
 from specforge import console, launch
 from specforge.config import EngineSettings
-from specforge.console import show_error
-from specforge.errors import SpecforgeError
+from specforge.features import aside
 from specforge.features.passes import Passes
-from specforge.records import Example
+from specforge.pipeline.shared import watched
+from specforge.records import Example, FeatureRecord
 from specforge.target import engine as engines
 from specforge.target import weights
-from specforge.watch import Watch
 
 LONG, SHORT, COUNT = 8000, 480, 50
 
@@ -71,14 +69,12 @@ def one_rank_without_memory(target: str) -> dict:
 
 
 def halved(engine) -> dict:
-    passes, aside, captured = [], [], []
-    for part, records in Passes(engine, examples()).run(range(COUNT)):
-        passes.append(len(part))
-        if records is None:
-            aside += part
-        captured += [record.sample_id for record in records or ()]
-        assert all(torch.isfinite(record.aux).all() for record in records or ())
-    return {"passes": passes, "set_aside": aside, "captured": sorted(captured)}
+    passes, too_large, captured = [], [], []
+    for found in Passes(engine, examples()).run(range(COUNT)):
+        passes.append(len(found))
+        too_large += [at for at, record in found if record == aside.TOO_LARGE]
+        captured += [record.sample_id for _, record in found if isinstance(record, FeatureRecord)]
+    return {"passes": passes, "set_aside": too_large, "captured": sorted(captured)}
 
 
 def a_rank_that_hangs(folder: str, timeout_s: str) -> dict:
@@ -86,12 +82,7 @@ def a_rank_that_hangs(folder: str, timeout_s: str) -> dict:
     console.quiet(Path(folder) / f"rank{launch.os.environ['RANK']}.log")
     ranks = launch.join(1)
 
-    def tell(error: SpecforgeError) -> None:
-        if launch.speaks():
-            show_error(str(error))
-
-    seconds = float(timeout_s)
-    with Watch((ranks.rank, ranks.world), launch.board(timedelta(seconds=seconds)), seconds, tell):
+    with watched(ranks, float(timeout_s)):
         if ranks.rank == 1:
             asleep()
         dist.barrier()

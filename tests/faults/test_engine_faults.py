@@ -12,11 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from specforge.config import EngineSettings
+from specforge.errors import EngineError
 from specforge.features import aside
+from specforge.features.sources import LiveSource
 from specforge.features.store import Store
+from specforge.records import Example, Ranks
+from specforge.target import engine as engines
+from specforge.target import weights
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -77,13 +84,13 @@ def poisoned(tmp_path_factory) -> Path:
     return folder
 
 
-def data(folder: Path, name: str, count: int, bad: set[int]) -> Path:
+def data(folder: Path, name: str, count: int, bad: set[int], held_out: int | None = None) -> Path:
     """`count` records of 12 tokens in each split; the training records `bad` hold the poisonous token."""
     output = folder / name
     output.mkdir()
     for split in ("train", "test"):
         rows = []
-        for number in range(count):
+        for number in range(count if split == "train" or held_out is None else held_out):
             ids = [3 + (7 * number + at) % 200 for at in range(12)]
             if split == "train" and number in bad:
                 ids[5] = POISON
@@ -145,6 +152,60 @@ def test_more_than_one_in_a_thousand_ends_the_capture_and_says_so_once(poisoned)
     run(command, poisoned, 2)  # and a resume does not slip through
 
 
+def train(data: Path, output: str, *arguments: object) -> list[str]:
+    fixed = ["--online", "--engine", "hf", "--model-path", "target", "--data", str(data), "--output", output]
+    fixed += ["--deepspeed-config", str(ROOT / "ds_config.json"), "--draft-vocab-size", "100", "--steps", "1"]
+    fixed += ["--epochs", "2", "--row-tokens", "512", "--batch-size", "2", "--tracker", "none"]
+    return [sys.executable, "-m", "specforge.cli", "train", *fixed, *map(str, arguments)]
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_online_training_sets_a_record_with_nan_states_aside(poisoned, store):
+    """It is never trained on, and where there is a store it is not captured again."""
+    rows = data(poisoned, f"online{store}", 1001, {700}, held_out=8)
+    output, kept = poisoned / f"online_out{store}", poisoned / f"kept{store}"
+    said = run(train(rows, output.name, *(["--features", kept.name] if store else [])), poisoned, 0)
+    folder = (kept if store else output / "set-aside") / "train"
+    assert said.count("train: 1 records set aside (states are not finite)") == 1
+    assert aside.reasons(folder) == {700: "states are not finite"}
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    assert all(step["applied"] and step["loss"] is not None for step in steps)
+    epochs = [[step for step in steps if step["epoch"] == epoch] for epoch in (0, 1)]
+    assert [sum(step["tokens"] for step in epoch) for epoch in epochs] == [12_000, 12_000]
+    again = [step["time_share"]["target"] > 0 for step in epochs[1]]
+    assert not any(again) if store else all(again)
+    if store:
+        whole = Store(folder)
+        assert len(whole) == 1000
+        assert all(whole.record(at).aux.isfinite().all() for at in range(690, 710))
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_more_than_one_in_a_thousand_ends_online_training_and_says_so_once(poisoned, store):
+    rows = data(poisoned, f"bad{store}", 101, {17, 60}, held_out=8)
+    command = train(rows, f"bad_out{store}", *(["--features", f"bad_kept{store}"] if store else []))
+    for _ in range(2):  # and to start again does not slip through
+        said = run(command, poisoned, 2)
+        assert re.search(r"not finite for [12] of 101 records", said)
+        assert said.count("error") == 1
+        assert "set-aside.jsonl" in said
+        assert "Traceback" not in said
+
+
+def test_a_benchmark_of_states_that_are_not_finite_is_refused(poisoned):
+    """Its figures would be of other text than what was asked for."""
+    examples = [
+        Example(sample_id=at, token_ids=np.full(12, token, np.int32), loss_mask=np.ones(12, dtype=bool))
+        for at, token in enumerate((5, POISON))
+    ]
+    info = weights.describe(str(poisoned / "target"))
+    engine = engines.load(EngineSettings(engine="hf"), info, Ranks())
+    with pytest.raises(EngineError, match="not finite") as refused:
+        list(LiveSource(engine, examples, tp_rank=0).batches([[[0]], [[1]]]))
+    assert "sample 1 " in refused.value.where
+
+
 # ranks that hang or die
 
 
@@ -182,7 +243,7 @@ def with_signal(command: list[str], folder: Path, log: Path, which: signal.Signa
         time.sleep(0.01)
     (victim,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in environment_of(pid)]
     os.kill(victim, which)
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=TIMEOUT_S + 10)
     return said, process.returncode
 
 
@@ -190,16 +251,15 @@ def with_signal(command: list[str], folder: Path, log: Path, which: signal.Signa
     ("which", "message"),
     [
         pytest.param(signal.SIGSTOP, "rank 1 did not answer", marks=pytest.mark.proof),
-        (signal.SIGKILL, "rank 1 by SIGKILL (out of memory?)"),
+        (signal.SIGKILL, "rank 1 was ended by SIGKILL (out of memory?)"),
     ],
 )
 def test_a_rank_that_stops_or_dies_ends_all_and_is_named(poisoned, which, message):
     rows = data(poisoned, f"rows{int(which)}", 400, set())
     command = capture(poisoned, rows, f"{rows}_out", "--engine", "hf", "--dp-size", 2, "--rank-timeout", TIMEOUT_S)
-    began = time.monotonic()
     said, code = with_signal(command, poisoned, Path(f"{rows}_out"), which)
     assert message in said
-    assert code not in (0, None)
-    assert time.monotonic() - began < TIMEOUT_S + 30  # with start and end of the processes
+    assert said.count("error ") == 1
+    assert code == 2
     said = run(capture(poisoned, rows, f"{rows}_out", "--engine", "hf"), poisoned, 0)
     assert len(Store(Path(f"{rows}_out") / "train")) == 400

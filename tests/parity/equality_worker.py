@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from specforge import launch
+from specforge import hardware, launch
 from specforge.config import EngineSettings, PrepareHiddenSettings
 from specforge.features.index import read_index
 from specforge.features.store import Store
@@ -26,14 +26,22 @@ from tests.parity.sglang_worker import error
 
 def capture(target: Path, data: Path, output: Path) -> None:
     settings = PrepareHiddenSettings(
-        model_path=str(target), data=data, output=output, tp_size=2, tokens_per_batch=400, engine="sglang"
+        model_path=str(target),
+        data=data,
+        output=output,
+        tp_size=2,
+        tokens_per_batch=400,
+        engine="sglang",
+        dtype=hardware.name(weights.describe(str(target)).dtype),
     )
     assert prepare_hidden(settings) is None
 
 
 def compare(target: Path, folder: Path) -> None:
     info, ranks = weights.describe(str(target)), launch.join(1)
-    engine = engines.load(EngineSettings(engine="sglang", tokens_per_batch=1024), info, ranks)
+    engine = engines.load(
+        EngineSettings(engine="sglang", tokens_per_batch=1024, dtype=hardware.name(info.dtype)), info, ranks
+    )
     store, head = Store(folder), weights.load_head(info, info.dtype)
     worst = dict.fromkeys(("aux", "last", "lse", "head_lse", "another"), 0.0)
     worst["another"] = 1e9

@@ -28,7 +28,7 @@ def main() -> None:
     target, folder, norms = Path(sys.argv[1]), Path(sys.argv[2]), dict.fromkeys(sys.argv[3:], True)
     ranks = launch.join(1)
     info = weights.describe(str(target))
-    engine = engines.load(EngineSettings(engine="sglang", tokens_per_batch=1024), info, ranks)
+    engine = engines.load(EngineSettings(engine="sglang", tokens_per_batch=1024, dtype="bfloat16"), info, ranks)
     head = weights.load_head(info, torch.bfloat16)
     kept = torch.arange(0, info.vocab_size, 2)
     draft = Eagle3Draft(DraftConfig.for_target(info, engine.aux_layers, len(kept), **norms))

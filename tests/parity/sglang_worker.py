@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from specforge import launch
+from specforge import hardware, launch
 from specforge.alignment import teacher_rows
 from specforge.config import EngineSettings
 from specforge.records import Example, Ranks, TargetEngine
@@ -63,7 +63,9 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
     """The engine, the examples, and how far its states and teacher columns are from transformers'."""
     info = weights.describe(str(target))
     layers = weights.default_aux_layers(info.num_layers)
-    settings = EngineSettings(engine="sglang", tp_size=ranks.tp_size, tokens_per_batch=1024)
+    settings = EngineSettings(
+        engine="sglang", tp_size=ranks.tp_size, tokens_per_batch=1024, dtype=hardware.name(info.dtype)
+    )
     engine = engines.load(settings, info, ranks)  # with its self-check
     alone = type(ranks)(rank=0, world=1)
     oracle = HfEngine(info, layers, alone, dtype=info.dtype, tokens_per_batch=1024)
@@ -80,16 +82,49 @@ def compare(target: Path, ranks: Ranks) -> tuple[TargetEngine, list[Example], di
         worst["head_lse"] = max(worst["head_lse"], error(logits.logsumexp(-1), one.teacher_lse))
         same_top1 += int((one.teacher_top1 == two.teacher_top1).sum())
         total += len(one.teacher_top1)
+    same_bits, gathered_rows = vocabulary_parallel(engine, asked, ranks)
     aux, right = engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux
-    oracle.aux_layers = tuple(layer + 1 for layer in layers)
+    oracle.aux_layers = others = tuple(layer + 1 for layer in layers)
+    read_again = 0.0
+    if engines.read_layers(engine, others):  # as `check` does with a running engine
+        read_again = error(engine.capture(asked)[2].aux, oracle.capture(asked)[2].aux)
+        engines.read_layers(engine, layers)
     result = {
         **worst,
         "top1": same_top1 / total,
         "shifted_token": error(aux[1:], right[:-1]),
         "shifted_layer": error(aux, oracle.capture(asked)[2].aux),
+        "same_bits": same_bits,
+        "gathered_rows": gathered_rows,
+        "read_again": read_again,
         "serves_eagle3": engine.serves_eagle3,
     }
     return engine, asked, result
+
+
+def vocabulary_parallel(engine: TargetEngine, asked: list[Example], ranks: Ranks) -> tuple[bool, int]:
+    """(whether the teacher columns have the bits of the same reduction on whole logits, most rows that SGLang gathers
+    over the vocabulary in the passes of a capture)."""
+    from specforge.target import teacher
+    from specforge.target.sglang import names as sgl
+
+    (processor,) = (m for m in engine._runner.model.modules() if isinstance(m, sgl.LogitsProcessor))
+    rows, gatherer, hook = [0], processor._logits_gatherer, engine._hook
+    processor._logits_gatherer = lambda logits: rows.append(len(logits)) or gatherer(logits)
+    engine.capture(asked)
+    top1, lse = hook.top1.clone(), hook.lse.clone()
+    processor._logits_gatherer = gatherer
+    hook.keep_logits = True
+    engine.capture(asked)
+    hook.keep_logits = False
+    parts = hook.logits.split(-(-hook.logits.shape[1] // ranks.tp_size), dim=1)  # 512 ids: no rank has spare rows
+    best_rn, lse_rn = map(torch.stack, zip(*map(teacher.columns, parts), strict=True))
+    most_rn = torch.stack([part.amax(1) for part in parts])
+    best_rn += torch.tensor([[at * parts[0].shape[1]] for at in range(len(parts))])
+    want_top1 = best_rn.gather(0, most_rn.argmax(0, keepdim=True))[0]
+    want_lse = lse_rn.double().logsumexp(0).float() if len(parts) > 1 else lse_rn[0]
+    same = torch.equal(top1, want_top1) and torch.equal(top1, hook.logits.argmax(1).int())
+    return same and torch.equal(lse, want_lse), max(rows)
 
 
 def train_over_all_ranks(engine, asked, ranks, target: Path) -> list[float]:

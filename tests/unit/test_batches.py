@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge.errors import OutOfMemoryError
+from specforge.features import aside
 from specforge.features.packing import CAPTURE_WINDOW, in_batches
 from specforge.features.passes import Passes
 from specforge.features.sources import LiveSource
@@ -104,11 +105,12 @@ def examples_of(lengths) -> list[Example]:
 def test_halving_captures_all_that_fits_alone(lengths, room):
     order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
     got, too_large = {}, set()
-    for part, records in Passes(SmallMemory(room), examples_of(lengths)).run(order):
-        if records is None:
-            too_large |= set(part)
-        else:
-            got.update(zip(part, (int(record.aux[0, 0]) for record in records), strict=True))
+    for captured in Passes(SmallMemory(room), examples_of(lengths)).run(order):
+        for at, record in captured:
+            if record == aside.TOO_LARGE:
+                too_large.add(at)
+            else:
+                got[at] = int(record.aux[0, 0])
     assert got == {at: at for at in order if lengths[at] <= room}
     assert too_large == {at for at in order if lengths[at] > room}
 
@@ -118,7 +120,7 @@ def test_what_did_not_fit_once_is_not_tried_again():
     engine = SmallMemory(room=210)
     passes = Passes(engine, examples_of(lengths))
     for _ in range(3):
-        assert sorted(at for part, _ in passes.run(range(8)) for at in part) == list(range(8))
+        assert sorted(at for captured in passes.run(range(8)) for at, _ in captured) == list(range(8))
     assert engine.calls == [400, 200, 200, 200, 200, 200, 200]
 
 

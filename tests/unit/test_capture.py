@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specforge.pipeline.capture import finite
+from specforge.features.passes import finite
 from tests.stores import record
 
 

@@ -8,22 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specforge.draft.model import DraftConfig, Eagle3Draft
+from specforge.draft.model import Eagle3Draft
 from specforge.train.muon import COEFFICIENTS, Muon, Partition, is_muon, orthogonal, orthogonal_flops
-
-LLAMA_8B = DraftConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    vocab_size=128256,
-    draft_vocab_size=32000,
-    max_position_embeddings=131072,
-    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    aux_layers=(1, 15, 28),
-)
+from tests.draft_memory import LLAMA_8B
 
 
 def by_singular_values(update_nm):

@@ -81,6 +81,12 @@ def test_auto_precision_is_the_machines_and_a_written_one_stays(with_config, tra
         assert with_config({"bf16.enabled": written}, training=training)["bf16"] == {"enabled": written}
 
 
+def test_deepspeed_does_not_wait_for_the_device_to_time_each_micro_step(with_config):
+    from deepspeed.utils.config import get_timers_config
+
+    assert get_timers_config(with_config()).enabled is False
+
+
 def test_what_is_absent_is_filled_too(with_config):
     gone = ["optimizer", "gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
     found = with_config(dict.fromkeys(gone), batch_size=6, lr=2e-4)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specforge import cli, config
 from specforge.data import prepared
 from specforge.data.tokenize import ChatTokenizer
+from specforge.draft import memory
 from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.errors import ConfigError
 from specforge.features.index import Manifest
@@ -22,8 +24,11 @@ from specforge.pipeline import planning
 from specforge.records import Ranks
 from specforge.target import weights
 from specforge.target.hf_engine import HfEngine
+from specforge.train.muon import Muon, Partition, is_muon, update_bytes
+from specforge.train.optimizer import set_rates
 from specforge.train.plain import PlainOptimizer
 from tests import tiny
+from tests.draft_memory import META, Alive, draft_step, kept_bytes, norms_of_a_gpu, supervised_row, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -133,30 +138,176 @@ def test_cache_is_that_of_keys_and_values_of_one_pass(work, loaded):
     assert planning.cache_bytes_a_token(info, 4, 2) == 8 * 2 * 1 * 32 * 2
 
 
-def optimizer_bytes(info) -> int:
-    """Of the state that training keeps in fp32, its fp32 weights included."""
-    draft = Eagle3Draft(DraftConfig.for_target(info, (1, 3, 4), 32000))
-    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1, "adam_lr": 1}}, "gradient_clipping": 1.0}
-    state = PlainOptimizer(SimpleNamespace(draft=draft), muon, Ranks()).state()
-    return sum(4 * tensor.numel() for tensor in state.values())
+# --- What plan says of training against what torch's meta device counts, with the operators that a GPU uses
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+)
+WITHIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """An 8B target of which only the config and the header of the weights exist."""
+    folder = tmp_path_factory.mktemp("llama")
+    LLAMA_8B.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LLAMA_8B, dtype=torch.bfloat16)
+    header, at = {}, 0
+    for name, tensor in model.state_dict().items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    content = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    return weights.describe(str(folder)), sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def counted(config: DraftConfig, tokens: int, steps: int) -> dict[str, float]:
+    """Bytes of training on one rank, by the lines of the plan."""
+    step, batch = draft_step(config, torch.bfloat16, steps=steps), supervised_row(config, (tokens,), torch.bfloat16)
+    parameters = list(step.draft.parameters())
+    frozen = [step.embedding_VH, step.frozen[1]]
+    with norms_of_a_gpu():
+        kept = kept_bytes(lambda: step(batch, step.loss_rows(batch)), [*parameters, *frozen])
+        with Alive([*parameters, *frozen, step.kept_D, *tensors_of(batch)]) as alive:
+            loss = step(batch, step.loss_rows(batch)).loss
+        loss.backward()
+    gradients = sum(parameter.grad.nbytes for parameter in parameters)
+    params = {"lr": 1e-3, "adam_lr": 1e-3}
+    muon = {"bf16": {"enabled": True}, "optimizer": {"type": "Muon", "params": params}, "gradient_clipping": 1.0}
+    optimizer = PlainOptimizer(step, muon, Ranks(device=META))
+    copies = list(optimizer._weights.values())
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    set_rates(optimizer._optimizer, 1.0)
+    optimizer._optimizer.step()
+    moments = [x for state in optimizer._optimizer.state.values() for x in state.values() if x.dim()]
+    return {
+        "memory, draft": sum(parameter.nbytes for parameter in parameters),
+        "memory, gradients": gradients,
+        "memory, optimizer": sum(x.nbytes for x in [*copies, *moments]),
+        "memory, embedding and head rows": sum(x.nbytes for x in frozen),
+        "memory, packed rows": sum(x.nbytes for x in tensors_of(batch)) * (16384 // tokens),
+        "memory, unrolled draft": kept,
+        "memory, loss": alive.peak - kept,
+        "memory, gradient bucket": 2 * DeepSpeedZeroConfig().reduce_bucket_size,
+    }
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192])
+@pytest.mark.parametrize("online", [False, True])
+def test_training_takes_what_is_planned(llama, tokens, online):
+    """Every line of the draft's, and their sum. Online the target's come first, with the states of a pass."""
+    info, weight_bytes = llama
+    given = config.PlanSettings(model_path=info.path, data=info.path, row_tokens=tokens, online=online)
+    lines = planning.memory_figures(given, info, torch.bfloat16, longest=1000)
+    draft = DraftConfig.for_target(info, weights.default_aux_layers(32), 32000)
+    found = counted(draft, tokens, given.steps)
+    for what, size in found.items():
+        assert figure(lines, what) == pytest.approx(size, rel=WITHIN), what
+    kind = "an online training rank" if online else "an offline training rank"
+    target = 0.0
+    if online:
+        assert figure(lines, "memory, weights") == weight_bytes
+        pass_ = tensors_of(supervised_row(draft, (given.tokens_per_batch,), torch.bfloat16))
+        states = sum(x.nbytes for x in pass_) + pass_[2].nbytes  # of the records, and as the layers handed them over
+        assert figure(lines, "memory, captured states") == pytest.approx(states, rel=WITHIN)
+        names = ("weights", "KV cache", "captured states", "logits", "activations")
+        target = sum(figure(lines, f"memory, {name}") for name in names)
+    assert figure(lines, f"memory of {kind}") == pytest.approx(sum(found.values()) + target, rel=WITHIN)
+    assert sum(line.what.startswith("memory of") for line in lines) == (1 if online else 2)
+
+
+SMALL = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "draft_vocab_size": 8192,
+}
+
+
+@pytest.mark.parametrize("tokens", [512, 4096])
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        ({}, 1),
+        ({}, 3),
+        ({"norm_output": True, "fc_norm": True}, 7),
+        ({"norm_before_fc": True}, 7),
+        (SMALL, 7),
+    ],
+)
+def test_other_drafts_and_steps_take_what_is_planned(llama, tokens, change, steps):
+    draft = replace(DraftConfig.for_target(llama[0], (1, 15, 28), 32000), **change)
+    found = counted(draft, tokens, steps)
+    kept, loss = found["memory, unrolled draft"], found["memory, loss"]
+    assert memory.kept_bytes(draft, tokens, steps, 2) == pytest.approx(kept, rel=0.01)
+    assert memory.loss_bytes(draft, tokens, steps, 2) == pytest.approx(loss, rel=WITHIN)
+
+
+def test_longer_samples_than_a_row_are_planned_for(llama):
+    info, _ = llama
+    given = config.PlanSettings(model_path=info.path, data=info.path)
+    lines, longer, alike = (planning.draft_figures(given, info, tokens) for tokens in (1000, 8192, 2048))
+    assert figure(longer, "memory, unrolled draft") > 3 * figure(lines, "memory, unrolled draft")
+    assert [line.value for line in lines] == [line.value for line in alike]
+    assert all(line.what != "memory, optimizer step" for line in lines)
+    short = config.PlanSettings(model_path=info.path, data=info.path, row_tokens=256)
+    assert figure(planning.draft_figures(short, info, 256), "memory, optimizer step") > 0
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_an_optimizer_step_takes_what_is_planned(llama, world, monkeypatch):
+    """Muon over this rank's part of one flat tensor of all matrices, as ZeRO hands it over."""
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *_: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    draft = DraftConfig.for_target(llama[0], (1, 15, 28), 32000)
+    with META:
+        named = dict(Eagle3Draft(draft).named_parameters())
+        shapes = [parameter.shape for name, parameter in named.items() if is_muon(name, parameter.shape)]
+        part = -(-sum(shape.numel() for shape in shapes) // world)
+        flat = torch.zeros(part)
+        flat.grad = torch.zeros(part)
+    optimizer = Muon([{"params": [flat], "lr": 1e-3, "muon": True}], torch.bfloat16, META)
+    optimizer.partitions[flat] = Partition(runs=(tuple(shapes),), parts=(part,), rank=0, world=world)
+    optimizer.step()  # makes its state
+    with Alive([flat, optimizer.state[flat]["momentum_buffer"]]) as alive:
+        flat.grad = torch.zeros(part, device=META)
+        optimizer.step()
+    assert update_bytes(part * world, shapes, world) == pytest.approx(alive.peak, rel=WITHIN)
 
 
 def test_the_drafts_memory_is_shared_as_zero2_shares_it(work, loaded):
     info, *_ = loaded
-    one = planning.memory_figures(settings(work, online=True), info, torch.bfloat16)
-    four = planning.memory_figures(settings(work, online=True, tp_size=2, dp_size=2), info, torch.bfloat16)
+    one = planning.memory_figures(settings(work, online=True), info, torch.bfloat16, 100)
+    four = planning.memory_figures(settings(work, online=True, tp_size=2, dp_size=2), info, torch.bfloat16, 100)
     assert figure(four, "memory, draft") == figure(one, "memory, draft")
+    assert figure(four, "memory, gradients") == figure(one, "memory, gradients") / 4
     assert figure(four, "memory, optimizer") == figure(one, "memory, optimizer") / 4
-    assert figure(one, "memory, optimizer") == optimizer_bytes(info)
+    assert figure(four, "memory, packed rows") == figure(one, "memory, packed rows") / 4
     assert figure(four, "memory, weights") == figure(one, "memory, weights") / 2
-    offline = planning.memory_figures(settings(work), info, torch.bfloat16)
-    assert figure(offline, "memory of a rank") < figure(one, "memory of a rank")
-    assert figure(offline, "memory of a rank") == sum(line.value for line in offline[:-1])
 
 
-def test_the_command_prints_every_figure_and_why(work, capsys):
+def test_the_command_prints_every_figure_and_why(work, capsys, monkeypatch):
+    monkeypatch.setattr(planning.console, "width", 200)
     given = {"model_path": str(work / "target"), "data": work / "data", "online": True}
     assert cli.execute("plan", config.PlanSettings, given) == 0
     said = " ".join(capsys.readouterr().out.split())
     for word in ("samples", "supervised", "disk, bf16", "disk, fp8", "memory, optimizer", "--tokens-per-second"):
         assert word in said
+    assert "memory of an online training rank" in said
+    assert cli.execute("plan", config.PlanSettings, given | {"online": False}) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "memory of a capture rank" in said
+    assert "memory of an offline training rank" in said

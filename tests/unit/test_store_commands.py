@@ -180,7 +180,7 @@ def test_records_that_were_set_aside_are_not_missing(tmp_path):
         with StoreWriter(folders[-1], manifest(10, data_hash=str(number))) as writer:
             for sample_id in range(9):
                 writer.add(replace(record(10 * number + sample_id), sample_id=sample_id))
-        aside.set_aside(folders[-1], 9, aside.TOO_LARGE)
+        aside.set_aside(folders[-1], 9, aside.TOO_LARGE, records=10)
         assert run("verify", folders[-1])[0] == 0
         assert re.search(r"set aside +│ +1", run("info", folders[-1])[1])
     assert run("merge", *folders, "--output", tmp_path / "all")[0] == 0

@@ -6,7 +6,7 @@ import contextlib
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
+from specforge import hardware
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError
 from specforge.records import (
@@ -34,6 +35,7 @@ from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
+from specforge.target.teacher import Shard
 
 
 class SglangEngine:
@@ -54,6 +56,7 @@ class SglangEngine:
     ) -> None:
         self.info, self.aux_layers = info, aux_layers
         self.device, self.dtype, self._ranks = ranks.device, dtype, ranks
+        self.on_pass: Callable[[], None] = lambda: None
         self._runner = _load_runner(info, ranks, dtype, tokens_per_batch, mem_frac, trust_remote_code)
         pool = self._runner.token_to_kv_pool_allocator.available_size()  # less than asked for where memory is short
         self.tokens_per_batch = min(tokens_per_batch, pool)
@@ -64,11 +67,13 @@ class SglangEngine:
             model.set_eagle3_layers_to_capture(list(aux_layers))
         else:
             layers = LayerHooks(model, info.num_layers, aux_layers)
-        processor, softcap = model.logits_processor, None
-        if self.device.type == "cpu":  # SGLang's soft cap is a Triton kernel on platforms that it does not know as CPU
-            softcap, processor.final_logit_softcapping = processor.final_logit_softcapping, None
-        self._hook = _LogitsHook(layers, softcap)
-        processor.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self._hook = _LogitsHook(layers)
+        # A multimodal wrapper has its processor in the language model, or two of which one never runs.
+        for processor in (module for module in model.modules() if isinstance(module, sgl.LogitsProcessor)):
+            if self.device.type == "cpu":  # SGLang's soft cap is a Triton kernel on platforms it does not know as CPU
+                self._hook.softcaps[processor] = processor.final_logit_softcapping
+                processor.final_logit_softcapping = None
+            processor.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def capture(self, examples: Sequence[Example]) -> list[FeatureRecord]:
         records, failure = None, None
@@ -200,12 +205,15 @@ class SglangEngine:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.info.vocab_size, (16,), generator=generator).tolist()
         self._hook.rows = torch.arange(len(ids))
-        emitted = int(self._prefill([ids])[-1].argmax())
+        emitted_V = self._prefill([ids])[-1].float()
         states = torch.cat([self._hook.aux.flatten(), self._hook.last.flatten()])
         fix = "report the model and SGLang's version; --engine hf works meanwhile"
         if not torch.isfinite(states).all():
             raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype bfloat16")
-        if int(self._hook.top1[-1]) != emitted:
+        best = int(self._hook.top1[-1])
+        # The two come from products of other numbers of rows: in 16 bits the two best logits may change places.
+        step = float(emitted_V.max().abs()) * torch.finfo(self.dtype).eps
+        if not emitted_V[best] >= emitted_V.max() - step:
             raise EngineError("argmax(lm_head(last)) is not the token that SGLang emits", where=self.info.path, fix=fix)
         if self._ranks.tp_size > 1:
             group = self._ranks.tp_group
@@ -266,6 +274,7 @@ class SglangEngine:
     def _forward(self, batch: Any) -> Tensor:
         forward_batch = sgl.ForwardBatch.init_new(batch, self._runner, return_hidden_states_before_norm=False)
         logits: Tensor = self._runner.forward(forward_batch).logits_output.next_token_logits
+        self.on_pass()
         return logits
 
     def _clear(self) -> None:
@@ -347,16 +356,21 @@ class _Session:
 class _LogitsHook:
     """Reads the inputs of the logits processor: every token, after all reductions, before any pruning.
 
-    The teacher columns come from SGLang's own logits function, so its scale, soft cap and gather over ranks hold."""
+    The teacher columns come from SGLang's own head product, its scale and its soft cap. Each rank reduces its own shard
+    of the vocabulary, and the ranks exchange three numbers a row. SGLang's gather of whole logits is not called from
+    here: on some GPUs it hands out one shared buffer and relies on a collective between two calls."""
 
     NAMES = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
 
-    def __init__(self, layers: LayerHooks | None, softcap: float | None) -> None:
-        """`layers` holds the aux states of a model that does not hand them over itself; `softcap` is what SGLang's
-        logits function leaves to us."""
+    def __init__(self, layers: LayerHooks | None) -> None:
+        """`layers` holds the aux states of a model that does not hand them over itself; `softcaps` is what SGLang's
+        logits function leaves to us, for each processor."""
         self.rows: Tensor | None = None
         self.keep_logits = False
-        self._layers, self._softcap = layers, softcap
+        self.softcaps = dict[Any, float | None]()
+        self._softcap: float | None = None
+        self._layers = layers
+        self.forget()
 
     def capped(self, logits: Tensor) -> Tensor:
         return teacher.capped(logits, self._softcap)
@@ -366,37 +380,32 @@ class _LogitsHook:
         self.aux = self.last = self.top1 = self.lse = self.logits = torch.empty(0)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._softcap = self.softcaps.get(module)
         if self.rows is None:
             return
         seen = dict(zip(self.NAMES, args, strict=False)) | kwargs
-        metadata = seen["logits_metadata"]
-        if isinstance(metadata, sgl.ForwardBatch):
-            metadata = sgl.LogitsMetadata.from_forward_batch(metadata)
         hidden: Tensor = seen["hidden_states"]
         aux = self._layers.states() if self._layers else seen["aux_hidden_states"]
         self.aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
         self.last = hidden[self.rows.to(hidden.device)]
-        top1, lse, kept = [], [], []
-        for piece in self.last.split(max(1, HEAD_LOGITS // module.config.vocab_size)):
-            logits = self._logits(module, piece, seen["lm_head"], metadata)[:, : module.config.vocab_size]
-            best, total = teacher.columns(logits, self._softcap)
-            top1.append(best)
-            lse.append(total)
+        shard, group = Shard(0, module.config.vocab_size), None
+        if module.do_tensor_parallel_all_gather:
+            of_head = seen["lm_head"].shard_indices
+            shard = Shard(of_head.org_vocab_start_index, of_head.num_org_elements)
+            group = sgl.get_tp_group().device_group
+        softcap = self._softcap or module.final_logit_softcapping
+        found, kept = [self.last.new_empty(0, 3, dtype=torch.float64)], []
+        for piece_nH in self.last.split(max(1, HEAD_LOGITS // module.config.vocab_size)):
+            logits_nW = module._compute_lm_head(piece_nH, seen["lm_head"])  # of this rank's shard, in the head's dtype
+            if module.logit_scale is not None:
+                logits_nW.mul_(module.logit_scale)
+            found.append(teacher.shard_columns(logits_nW, shard, softcap))
             if self.keep_logits:
-                kept.append(self.capped(logits.float()))
-        self.top1 = torch.cat(top1) if top1 else torch.empty(0, dtype=torch.int32, device=hidden.device)
-        self.lse = torch.cat(lse) if lse else torch.empty(0, device=hidden.device)
+                logits_nV = teacher.gathered(logits_nW, group)[:, : module.config.vocab_size]
+                kept.append(teacher.capped(logits_nV.float(), softcap))
+        self.top1, self.lse = teacher.merged(torch.cat(found), group)
         if self.keep_logits:
             self.logits = torch.cat(kept)
-
-    @staticmethod
-    def _logits(module: Any, hidden_nH: Tensor, head: Any, metadata: Any) -> Tensor:
-        """[n, V or more] SGLang's own logits. Where nothing but its head product makes them, they stay in the head's
-        dtype: their copy in fp32 costs as much as the product (benchmarks/LOG.md), and `columns` widens by pieces."""
-        scaled = module.logit_scale is not None or module.final_logit_softcapping
-        if scaled or module.do_tensor_parallel_all_gather:
-            return module._get_logits(hidden_nH, head, metadata, use_logits_buffer=False)
-        return module._compute_lm_head(hidden_nH, head)
 
 
 @contextlib.contextmanager
@@ -432,9 +441,10 @@ def _load_runner(
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(group) for group in groups))
     args = sgl.ServerArgs(
         model_path=info.path,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=hardware.name(dtype),
         device=ranks.device.type,
-        attention_backend="torch_native" if on_cpu else None,
+        # SGLang's choice on a GPU may be a kernel for 16 bits only, whatever the dtype (fa3 on Hopper).
+        attention_backend="torch_native" if on_cpu else "triton" if dtype == torch.float32 else None,
         tp_size=ranks.tp_size,
         mem_fraction_static=mem_frac,
         max_total_tokens=tokens_per_batch + MAX_EXAMPLES,  # the KV pool: one batch, nothing is kept between batches
@@ -446,6 +456,7 @@ def _load_runner(
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
         disable_custom_all_reduce=True,
+        enforce_disable_flashinfer_allreduce_fusion=True,  # a layer's state would be a partial sum
         skip_tokenizer_init=True,
         sampling_backend="pytorch",
         grammar_backend="none",
@@ -460,5 +471,14 @@ def _load_runner(
     with _default_group(ranks.tp_group):
         world_rank = sgl.spawn_world_rank(args, tp_rank=ranks.tp_rank, pp_rank=0)
         sgl.publish(args, role="scheduler", ranks=sgl.SpawnRanks(world_rank=world_rank, gpu_id=gpu))
+        for initialize in (  # as its scheduler does; without them quantised MoE weights are widened to bf16
+            sgl.initialize_moe_config,
+            sgl.initialize_fp8_gemm_config,
+            sgl.initialize_fp4_gemm_config,
+            sgl.initialize_bf16_gemm_config,
+        ):
+            initialize()
+        threads = torch.get_num_threads()
         bench_runner, _ = sgl.one_batch.load_model(args, ports, gpu, ranks.tp_rank)
+        torch.set_num_threads(threads)  # on a GPU SGLang leaves one, for all later work on the host
     return bench_runner.torch_runner

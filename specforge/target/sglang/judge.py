@@ -70,6 +70,10 @@ def unfit(engine: SglangEngine, config: dict[str, Any]) -> str | None:
 def read_layers(engine: SglangEngine, layers: tuple[int, ...]) -> bool:
     """Captures these layers from now on; False for a model that is read through hooks."""
     if engine.serves_eagle3:
-        engine._runner.model.set_eagle3_layers_to_capture(list(layers))
+        model = engine._runner.model
+        for module in model.modules():  # some models add the new layers to those that are marked (Qwen2-MoE, MiniMax)
+            if getattr(module, "_is_layer_to_capture", False):
+                module._is_layer_to_capture = False
+        model.set_eagle3_layers_to_capture(list(layers))
         engine.aux_layers = layers
     return engine.serves_eagle3

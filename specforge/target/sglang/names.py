@@ -3,7 +3,11 @@
 from sglang.benchmark import one_batch
 from sglang.benchmark.one_batch import TreeCacheNamespace
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.logits_processor import LogitsMetadata
+from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
+from sglang.srt.layers.moe import initialize_moe_config
+from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
+from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -18,6 +22,7 @@ __all__ = [
     "ForwardContext",
     "LlamaForCausalLMEagle3",
     "LogitsMetadata",
+    "LogitsProcessor",
     "PortArgs",
     "Req",
     "SamplingParams",
@@ -29,6 +34,10 @@ __all__ = [
     "forward_context",
     "get_schedule",
     "get_tp_group",
+    "initialize_bf16_gemm_config",
+    "initialize_fp4_gemm_config",
+    "initialize_fp8_gemm_config",
+    "initialize_moe_config",
     "one_batch",
     "publish",
     "spawn_world_rank",
