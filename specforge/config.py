@@ -344,6 +344,11 @@ class DemoSettings(Settings):
 class DoctorSettings(Settings):
     """What is installed, what is missing, and the one command that mends each finding."""
 
+    gpu: bool = Field(False, description="check the GPUs instead: states, attention, training step, memory, decoding")
+    model_path: str | None = Field(
+        None, description="with --gpu: a small target, as a folder or a hub name (default: a random one)"
+    )
+
 
 def load(settings: type[Settings], given: dict[str, Any], file: Path | None = None) -> Any:
     """The settings from a YAML file, overridden by what was given by hand. ConfigError names each bad key."""

