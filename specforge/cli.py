@@ -84,7 +84,20 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 def execute(
     command: str, settings: type[config.Settings], given: dict[str, Any], file: Path | None = None, debug: bool = False
 ) -> int:
-    """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2."""
+    """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2. A rank
+    among several ends here: in the interpreter's teardown threads of the libraries abort the process now and then."""
+    code = _execute(command, settings, given, file, debug)
+    launch = sys.modules.get("specforge.launch")
+    if world_size() > 1 and launch and launch.entered:
+        for stream in (console.file, sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    return code
+
+
+def _execute(
+    command: str, settings: type[config.Settings], given: dict[str, Any], file: Path | None, debug: bool
+) -> int:
     try:
         chosen = config.load(settings, given, file)
         from specforge.pipeline import run

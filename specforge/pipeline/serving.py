@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -139,15 +140,25 @@ def _in_process(settings: BenchmarkSettings) -> bool:
 def _kept(settings: BenchmarkSettings, result: dict[str, Any]) -> Iterator[None]:
     """Writes the result at the end of the block, marked as partial where that is an error, Ctrl-C or another signal."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ended_by = list[int]()
+
+    def end(which: int, frame: FrameType | None) -> None:
+        """As Ctrl-C: inside asyncio that cancels the work, where an exception would come out of any of its tasks."""
+        ended_by.append(which)
+        interrupt = signal.getsignal(signal.SIGINT)
+        (interrupt if callable(interrupt) else signal.default_int_handler)(signal.SIGINT, frame)
+
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup's
-            signal.signal(number, lambda which, _: sys.exit(128 + which))
+            signal.signal(number, end)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if settings.output and result.get("served", {}).get("levels"):
             write_json(settings.output, result | {"partial": True})
             say(f"what was measured until then is in {escape(str(settings.output))}, marked as partial")
+        if ended_by and isinstance(error, KeyboardInterrupt):
+            sys.exit(128 + ended_by[0])
         raise
     finally:
         for number, handler in before.items():
