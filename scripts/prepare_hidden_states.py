@@ -9,7 +9,6 @@ The chat template is the target's own, whatever short name is given.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from specforge import cli, config
@@ -43,4 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

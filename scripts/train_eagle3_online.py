@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node N scripts/train_eagle3_online.py --target
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from specforge import cli, config
@@ -57,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

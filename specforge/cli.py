@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from pydantic import ByteSize
@@ -84,20 +84,7 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 def execute(
     command: str, settings: type[config.Settings], given: dict[str, Any], file: Path | None = None, debug: bool = False
 ) -> int:
-    """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2. A rank
-    among several ends here: in the interpreter's teardown threads of the libraries abort the process now and then."""
-    code = _execute(command, settings, given, file, debug)
-    launch = sys.modules.get("specforge.launch")
-    if world_size() > 1 and launch and launch.entered:
-        for stream in (console.file, sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
-    return code
-
-
-def _execute(
-    command: str, settings: type[config.Settings], given: dict[str, Any], file: Path | None, debug: bool
-) -> int:
+    """Run one command; returns the exit code. Faults that the user can mend end with one message and code 2."""
     try:
         chosen = config.load(settings, given, file)
         from specforge.pipeline import run
@@ -190,8 +177,21 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process. One of several ranks skips the interpreter's teardown, in which threads of the libraries abort
+    the process now and then."""
+    if world_size() > 1:
+        for stream in (console.file, sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
-    sys.exit(app(standalone_mode=True))
+    try:
+        app(standalone_mode=True)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(bool(end.code)))
 
 
 if __name__ == "__main__":

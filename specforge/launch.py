@@ -33,8 +33,6 @@ LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 SAVING_S = 30  # which ranks have to end after a signal
 FAILING_S = 5  # which ranks have to end by themselves after another one has failed
 
-entered = False  # whether this process has ever joined the others
-
 
 def device_count() -> int:
     """GPUs of this machine, or its cores where it has none."""
@@ -163,8 +161,6 @@ def _own_command() -> list[str]:
 
 def join(tp_size: int, dp_size: int | None = None) -> Ranks:
     """The process group of all ranks (one rank too: DeepSpeed and SGLang want one) and the replica of this one."""
-    global entered
-    entered = True
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if dp_size and world != tp_size * dp_size:
         raise ConfigError(
