@@ -129,7 +129,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], received: Sequence[int])
                 process.send_signal(received[0])
         elif any(codes.values()):
             deadline = min(deadline, time.monotonic() + FAILING_S)
+            for process in processes:
+                if process.poll() is None and _is_stopped(process.pid):
+                    process.kill()
         time.sleep(0.1)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a child of ours is held by SIGSTOP, so that it cannot end by itself."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @contextlib.contextmanager
