@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+import xxhash
 
 
 @contextmanager
@@ -55,6 +59,53 @@ def write_json(path: Path, content: Any) -> None:
     with replacing(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def seal(content: Any, indent: int | None = None) -> str:
+    """JSON with a last key "check": the xxh3 of all the text before `, "check"`, so that any changed byte is found."""
+    body = json.dumps(content, indent=indent).removesuffix("}").rstrip()
+    return f'{body}, "check": "{xxhash.xxh3_64_hexdigest(body.encode())}"}}'
+
+
+def unseal(text: bytes) -> dict[str, Any] | None:
+    """The content of a sealed text, None where it is not as it was written."""
+    body, _, check = text.rpartition(b', "check": ')
+    if check != f'"{xxhash.xxh3_64_hexdigest(body)}"}}'.encode():
+        return None
+    content: dict[str, Any] = json.loads(body + b"}")
+    return content
+
+
+def digest(path: Path) -> str:
+    """xxh3 of a file's content."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
+
+
+class HeldError(Exception):
+    """Another process holds the lock; the text is what it wrote about itself."""
+
+
+def held(path: Path, shared: bool = False) -> IO[str]:
+    """A file that is only locked: until it is closed, or the process ends, however it ends. A symbolic link is not
+    followed. Raises HeldError."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with file:
+            raise HeldError(file.read(1000) or "another process") from error
+    return file
+
+
+def sign(file: IO[str]) -> None:
+    """Says in a locked file who holds it."""
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
 
 
 def sync_file(path: Path) -> None:

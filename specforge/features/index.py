@@ -12,17 +12,14 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-import xxhash
-
 from specforge.errors import StoreError
 from specforge.features.codec import CODECS
-from specforge.files import replacing, sync_folder
+from specforge.files import HeldError, held, replacing, seal, sign, sync_folder, unseal
 
 FORMAT_VERSION = 2
 MANIFEST, INDEX = "manifest.json", "shards.jsonl"
@@ -77,7 +74,7 @@ class Manifest:
             raise StoreError(
                 "there is no feature store here", where=str(path), fix="make one with `specforge prepare-hidden`"
             ) from error
-        raw = _unseal(text.removesuffix(b"\n")) if text.endswith(b"\n") else None
+        raw = unseal(text.removesuffix(b"\n")) if text.endswith(b"\n") else None
         version = (raw or _unsealed(text)).get("format_version")
         if version is not None and version != FORMAT_VERSION:
             raise StoreError(
@@ -92,7 +89,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         with replacing(folder / MANIFEST) as file:
-            file.write(_seal(asdict(self), indent=2) + "\n")
+            file.write(seal(asdict(self), indent=2) + "\n")
 
     def differences(self, other: Manifest, but: Sequence[str] = ()) -> list[str]:
         free = {"target", "tokens_per_batch", *but}
@@ -128,8 +125,8 @@ def read_index(folder: Path) -> list[ShardLine]:
     """The lines of the committed shards. A last line that a kill cut short was never committed; it is ignored."""
     path = folder / INDEX
     *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    lines: list[Any] = [_unseal(text) for text in whole]
-    if _unseal(rest[:-1]) is not None:  # all is there but the line's end, which is another character: not cut short
+    lines: list[Any] = [unseal(text) for text in whole]
+    if unseal(rest[:-1]) is not None:  # all is there but the line's end, which is another character: not cut short
         lines.append(None)
     if None in lines:
         number = lines.index(None) + 1
@@ -159,7 +156,7 @@ def append_line(folder: Path, line: ShardLine) -> None:
                 file.seek(0)
                 end = file.read().rfind(b"\n") + 1
                 file.truncate(end)
-        text = memoryview(_seal(line).encode() + b"\n")
+        text = memoryview(seal(line).encode() + b"\n")
         try:
             while text:
                 text = text[file.write(text) or 0 :]
@@ -176,13 +173,11 @@ def lock(folder: Path, writer: int) -> IO[str]:
     Writer 0 comes first and excludes every other run, and what is left of one that lost its writer 0; the run's other
     writers join it. Raises StoreError where another run holds the lock."""
     if writer > 0:
-        return _held(folder / OTHERS_LOCK, fcntl.LOCK_SH)
-    file = _held(folder / LOCK, fcntl.LOCK_EX)
+        return _held(folder / OTHERS_LOCK, shared=True)
+    file = _held(folder / LOCK)
     if (folder / OTHERS_LOCK).exists():
-        _held(folder / OTHERS_LOCK, fcntl.LOCK_EX).close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+        _held(folder / OTHERS_LOCK).close()
+    sign(file)
     return file
 
 
@@ -190,23 +185,18 @@ def refuse_busy(folder: Path) -> None:
     """Raises StoreError where a run is writing to the store in `folder`."""
     for name in (LOCK, OTHERS_LOCK):
         if (folder / name).exists():
-            _held(folder / name, fcntl.LOCK_EX).close()
+            _held(folder / name).close()
 
 
-def _held(path: Path, how: int) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
+def _held(path: Path, shared: bool = False) -> IO[str]:
     try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read() or "another process"
-        file.close()
+        return held(path, shared)
+    except HeldError as error:
         raise StoreError(
-            f"the store is being written by {holder}",
+            f"the store is being written by {error}",
             where=str(path.parent),
             fix="wait for it or stop it; or choose another folder",
         ) from error
-    return file
 
 
 def held_bytes(folder: Path) -> int:
@@ -227,21 +217,6 @@ def check_space(folder: Path, needed: int) -> None:
             fix="choose another --output, --codec fp8, fewer --num-samples, --max-disk, or `specforge train --online`, "
             "which needs no disk",
         )
-
-
-def _seal(content: Any, indent: int | None = None) -> str:
-    """JSON with a last key "check": the xxh3 of all the text before `, "check"`."""
-    body = json.dumps(content, indent=indent).removesuffix("}").rstrip()
-    return f'{body}, "check": "{xxhash.xxh3_64_hexdigest(body.encode())}"}}'
-
-
-def _unseal(text: bytes) -> dict[str, Any] | None:
-    """The content of a sealed text, None where it is not as it was written."""
-    body, _, check = text.rpartition(b', "check": ')
-    if check != f'"{xxhash.xxh3_64_hexdigest(body)}"}}'.encode():
-        return None
-    content: dict[str, Any] = json.loads(body + b"}")
-    return content
 
 
 def _unsealed(text: bytes) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from specforge.data.formats import ReadReport, read_rows
 from specforge.data.sources import Source, dataset_name, resolve
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, DataError
-from specforge.files import new_folder, replacing, replacing_bytes, write_json
+from specforge.files import digest, new_folder, replacing, replacing_bytes, write_json
 from specforge.pipeline.shared import refuse_foreign
 
 MOST_WORKERS = 16
@@ -160,25 +160,17 @@ def _made_from(settings: PrepareDataSettings, sources: list[Source], tokenizer: 
     free = {"output", "workers", "show_mask", "html"}
     return {
         "settings": settings.model_dump(mode="json", exclude=free),
-        "files": {str(path): _hash(path) for source in sources for path in source.files},
+        "files": {str(path): digest(path) for source in sources for path in source.files},
         "tokenizer_hash": tokenizer.fingerprint if tokenizer else None,
         "template_hash": tokenizer.template_fingerprint if tokenizer else None,
     }
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_made(output: Path, made_from: dict[str, Any]) -> bool:
     try:
         before = orjson.loads((output / "report.json").read_bytes())
         return before["made_from"] == made_from and all(
-            _hash(output / name) == digest for name, digest in before["files"].items()
+            digest(output / name) == check for name, check in before["files"].items()
         )
     except (OSError, ValueError, KeyError):
         return False

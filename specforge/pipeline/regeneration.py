@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from specforge.config import RankSettings, RegenerateSettings, flags
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import formats
 from specforge.data.dialogue import Dialogue, Outcome, read_special_texts
 from specforge.data.finished import Finished
 from specforge.errors import ConfigError, DataError
+from specforge.files import digest
 from specforge.records import Conversation, Sampling
 
 TIED = ("max_new_tokens", "temperature", "top_p", "seed")  # what a run that is gone on with must share
@@ -150,11 +149,7 @@ def _beside(output: Path) -> tuple[Path, Path]:
 
 
 def _finished(settings: RegenerateSettings, target: dict[str, Any]) -> Finished:
-    prompts = xxhash.xxh3_128()
-    with settings.prompts.open("rb") as file:
-        while piece := file.read(1 << 20):
-            prompts.update(piece)
-    made_from = {"prompts": prompts.hexdigest()} | target | {name: getattr(settings, name) for name in TIED}
+    made_from = {"prompts": digest(settings.prompts)} | target | {name: getattr(settings, name) for name in TIED}
     return Finished(_beside(settings.output)[1], made_from, settings.resume)
 
 

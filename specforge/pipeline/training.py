@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from specforge.features.index import existing, refuse_busy
 from specforge.features.packing import Row, pack_rows, share_out
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
-from specforge.files import write_json
+from specforge.files import HeldError, held, sign, write_json
 from specforge.pipeline.checking import after_training
 from specforge.pipeline.shared import (
     SERVED_STEPS,
@@ -76,6 +77,9 @@ def train(settings: TrainSettings) -> int | None:
         )
     tracker.check(settings.tracker)
     refuse_foreign(settings.output, "run.json")
+    if settings.output.exists() and not launch.is_rank():
+        with _owned(settings.output):  # told before any rank starts
+            pass
     stores = (
         {n: Store(settings.features / n, settings.verify) for n in ("train", "test")}
         if settings.features and not settings.online
@@ -111,7 +115,8 @@ def _train_from_store(
     ranks = launch.join(1)
     console.quiet(settings.output / log_name())
     sources: dict[str, RecordSource] = {name: StoreSource(store, 0, ranks.device) for name, store in stores.items()}
-    return _train(settings, info, layers, one.data_hash, one.dtype, counts_V, tokenizer, sources, ranks)
+    with _owned(settings.output):
+        return _train(settings, info, layers, one.data_hash, one.dtype, counts_V, tokenizer, sources, ranks)
 
 
 def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatTokenizer) -> int | None:
@@ -135,6 +140,7 @@ def _train_online(settings: TrainSettings, info: TargetInfo, tokenizer: ChatToke
     engine = start_engine(settings, info, ranks, settings.output)
     sources: dict[str, RecordSource] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_owned(settings.output))
         for name, examples in splits.items():
             folder = settings.features / name if settings.features else settings.output / SET_ASIDE / name
             sources[name] = live = LiveSource(engine, examples, ranks.tp_rank, folder)
@@ -240,6 +246,26 @@ def _train(
         curves.close()
     leave(ranks)
     return None if passed else 2
+
+
+@contextlib.contextmanager
+def _owned(output: Path) -> Iterator[None]:
+    """The lock of the one training that writes to this folder; rank 0 holds it."""
+    if not is_main_rank():
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = held(output / ".lock")
+    except HeldError as error:
+        raise ConfigError(
+            f"{error} is training into the output folder",
+            where=f"--output {output}",
+            fix="wait for it or stop it; or choose another folder",
+        ) from error
+    with lock:
+        sign(lock)
+        yield
 
 
 def _run(run: Run) -> bool:
@@ -362,9 +388,9 @@ def _resume_point(
     settings: TrainSettings, identity: dict[str, Any]
 ) -> tuple[checkpoint.RunState | None, NDArray[np.int64] | None, dict[str, torch.Tensor] | None]:
     """(state, draft vocabulary, tensors) of the newest checkpoint, or Nones."""
-    found = checkpoint.checkpoints(settings.output / "checkpoints")
-    if not found or not settings.resume:
+    found = checkpoint.load_newest(settings.output / "checkpoints", identity) if settings.resume else None
+    if found is None:
         return None, None, None
-    state, tensors = checkpoint.load(found[-1], identity)
-    _, kept_D = draft_folder.load(found[-1], torch.float32)
+    path, state, tensors = found
+    _, kept_D = draft_folder.load(path, torch.float32)
     return state, kept_D.numpy(), tensors

@@ -1,22 +1,24 @@
-"""Checkpoints: a draft folder that servers load, plus what exact resume needs, in one folder that appears at once."""
+"""Checkpoints: a draft folder that servers load, plus what exact resume needs, in one folder that appears at once.
+state.json is sealed, and holds a checksum of each other file: a damaged one is found, and the one before taken."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specforge.console import say
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import Eagle3Draft
 from specforge.errors import CheckpointError
-from specforge.files import sync_file, write_json
+from specforge.files import digest, replacing, seal, sync_file, unseal
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -48,9 +50,11 @@ def save(
     beside = folder / f".{final.name}.tmp"
     weights = {name: tensors[name] for name in draft.state_dict()}
     draft_folder.save(beside, draft, kept_D, weights, dtype)
-    save_file(tensors, beside / "optimizer.safetensors")
-    sync_file(beside / "optimizer.safetensors")
-    write_json(beside / "state.json", {"state": asdict(state), "identity": identity})
+    save_file(tensors, beside / OPTIMIZER)
+    sync_file(beside / OPTIMIZER)
+    files = {path.name: digest(path) for path in sorted(beside.iterdir())}
+    with replacing(beside / STATE) as file:
+        file.write(seal({"state": asdict(state), "identity": identity, "files": files}, indent=2) + "\n")
     draft_folder.replace_folder(beside, final)
 
 
@@ -60,32 +64,57 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    """Those that were finished, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
 
 
 def newest_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity of the run in the folder; None where it has no readable checkpoint (`load` says why)."""
+    """The identity of the run in the folder; None where it has no whole checkpoint (`load_newest` says why)."""
+    contents = (_content(path) for path in reversed(checkpoints(folder)))
+    return next((content["identity"] for content in contents if content), None)
+
+
+def load_newest(folder: Path, identity: dict[str, Any]) -> tuple[Path, RunState, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole, and a warning for each damaged one behind it; None where there is none.
+    Raises CheckpointError where all are damaged, or it is of another run, naming the first field."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        content, damaged = _content(path), STATE
+        if content:
+            damaged = next((name for name, check in content["files"].items() if not _is(path / name, check)), "")
+        if damaged or not content:
+            say(f"[yellow]warning[/] {path / damaged} is not as it was written: this checkpoint is left out")
+            continue
+        _check_identity(path, content["identity"], identity)
+        return path, RunState(**content["state"]), load_file(path / OPTIMIZER)
+    if found:
+        raise CheckpointError(
+            "every checkpoint is damaged",
+            where=str(folder),
+            fix="--no-resume starts anew and removes them; look after the disk",
+        )
+    return None
+
+
+def _content(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((checkpoints(folder)[-1] / "state.json").read_text(encoding="utf-8"))["identity"]
-    except (IndexError, OSError, ValueError, KeyError):
+        return unseal((path / STATE).read_bytes().removesuffix(b"\n"))
+    except OSError:
         return None
 
 
-def load(path: Path, identity: dict[str, Any]) -> tuple[RunState, dict[str, Tensor]]:
-    """Raises CheckpointError where the checkpoint is damaged or of another run, naming the first field."""
-    fix = "remove the output folder, choose another --output, or use --no-resume to start anew"
+def _is(path: Path, check: str) -> bool:
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "optimizer.safetensors")
-        state = RunState(**content["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint is damaged: {error}", where=str(path), fix=fix) from error
-    for name, value in identity.items():
-        if content["identity"].get(name) != value:
+        return digest(path) == check
+    except OSError:
+        return False
+
+
+def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
             raise CheckpointError(
-                f"the run in the output folder has another {name}: {content['identity'].get(name)}, now {value}",
-                where=f"{path}/state.json, '{name}'",
-                fix=fix,
+                f"the run in the output folder has another {name}: {found.get(name)}, now {value}",
+                where=f"{path}/{STATE}, '{name}'",
+                fix="choose another --output, or --no-resume to start anew there",
             )
-    return state, tensors

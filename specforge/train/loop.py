@@ -158,8 +158,8 @@ def _skipped(run: Run, row: dict[str, Any]) -> None:
     say(f"[yellow]step {state.updates} skipped[/]: loss {row['loss']:.3g}, gradient norm {row['grad_norm']:.3g}")
     if state.skipped_in_a_row < SKIPS_ALLOWED:
         return
-    found = checkpoint.checkpoints(run.output / "checkpoints")
-    if state.went_back or not found:
+    found = None if state.went_back else checkpoint.load_newest(run.output / "checkpoints", run.identity)
+    if found is None:
         raise TrainingError(
             f"{SKIPS_ALLOWED} steps in a row had a loss or gradient that is not finite, or a gradient "
             f"{run.settings.max_spike:g} times as long as usual"
@@ -167,10 +167,10 @@ def _skipped(run: Run, row: dict[str, Any]) -> None:
             where=f"step {state.updates}, epoch {state.epoch + 1}; {run.output}/metrics.jsonl",
             fix="lower --lr; if the loss is not finite, look for what the target makes of these conversations",
         )
-    before, tensors = checkpoint.load(found[-1], run.identity)
+    path, before, tensors = found
     run.optimizer.load_state(tensors, before.applied)
     state.applied, state.norms, state.skipped_in_a_row, state.went_back = before.applied, before.norms, 0, True
-    say(f"[yellow]{SKIPS_ALLOWED} steps in a row skipped[/]: weights of {found[-1].name}, data goes on")
+    say(f"[yellow]{SKIPS_ALLOWED} steps in a row skipped[/]: weights of {path.name}, data goes on")
 
 
 def _evaluated(run: Run) -> Acceptance:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specforge.features import index, shard, staging, writer
+from specforge.files import seal
 from tests.stores import manifest, record
 
 RECORDS, WRITERS, SHARD_BYTES = 120, 2, 3000
@@ -60,7 +61,7 @@ def half_a_record(opened, sample_id, tokens, teachers, states, small) -> None:
 
 
 def half_a_line(folder, line) -> None:
-    text = index._seal(line)
+    text = seal(line)
     with (folder / index.INDEX).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as append_line does: the other writer waits
         file.write(text[: len(text) // 2])

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge.errors import StoreError
-from specforge.features.index import _seal, read_index
+from specforge.features.index import read_index
 from specforge.features.store import Store
 from specforge.features.writer import StoreWriter
+from specforge.files import seal
 from tests.stores import assert_holds, assert_same, filled, listing, manifest, record
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def test_opening_100_000_records_reads_the_two_index_files_only(tmp_path):
     with (folder / "shards.jsonl").open("w") as index:
         for number in range(5000):
             records = [r | {"sample_id": r["sample_id"] + 20 * number} for r in line["records"]]
-            index.write(_seal(line | {"file": f"shard-0-{number}.safetensors", "records": records}) + "\n")
+            index.write(seal(line | {"file": f"shard-0-{number}.safetensors", "records": records}) + "\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", OPENING, str(folder)], env=environment, capture_output=True, text=True, check=True
@@ -288,7 +289,7 @@ def test_a_store_of_another_format_is_refused_with_what_to_do(tmp_path, version)
         del content["dtype"]
         text = json.dumps(content, indent=2) + "\n"
     else:
-        text = _seal(content | {"something": "new"}, indent=2) + "\n"
+        text = seal(content | {"something": "new"}, indent=2) + "\n"
     (tmp_path / "manifest.json").write_text(text)
     for use in (lambda: Store(tmp_path), lambda: StoreWriter(tmp_path, manifest(20))):
         with pytest.raises(StoreError, match=f"format {version}") as refused:
