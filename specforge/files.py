@@ -61,6 +61,26 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
+MOST_JSON = 64 << 20  # bytes of a file; none that we read is larger
+
+
+def parse_json(text: bytes) -> Any:
+    """Content of others. Raises ValueError, also where it is nested so deeply that Python gives up."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """The same from a file that somebody else may have written. Raises ValueError and OSError."""
+    with path.open("rb") as file:
+        text = file.read(MOST_JSON + 1)
+    if len(text) > MOST_JSON:
+        raise ValueError(f"the file has more than {MOST_JSON >> 20} MiB")
+    return parse_json(text)
+
+
 def seal(content: Any, indent: int | None = None) -> str:
     """JSON with a last key "check": the xxh3 of all the text before `, "check"`, so that any changed byte is found."""
     body = json.dumps(content, indent=indent).removesuffix("}").rstrip()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from specforge.errors import ConfigError, EngineError, first_line
+from specforge.files import read_json
 from specforge.records import TargetHead, TargetInfo
+from specforge.target.tensors import fingerprint, headers
 
+MOST_LAYERS = 10_000
 LEAST_LAYERS = 4  # three of layers 0 .. N-2
-SAMPLED_BYTES = 64  # at the start, middle and end of each tensor
-VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
 
 
 def resolve(model_path: str) -> Path:
@@ -41,13 +39,21 @@ def resolve(model_path: str) -> Path:
             "the target has no config.json", where=str(folder), fix="give the folder of a model in Hugging Face layout"
         )
     try:
-        readable = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+        config = read_json(folder / "config.json")
     except ValueError:
-        readable = False
-    if not readable:
+        config = None
+    if not isinstance(config, dict):
         raise ConfigError(
             "the target's config.json is no JSON object", where=f"{folder}/config.json", fix="fetch the target again"
         )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:  # configs make lists of that length
+                raise ConfigError(
+                    f"a target of {value:,} layers is no model",
+                    where=f"{folder}/config.json, '{name}'",
+                    fix="fetch the target again",
+                )
     return folder
 
 
@@ -104,69 +110,20 @@ def spaced(numbers: tuple[int, ...]) -> str:
     return " ".join(map(str, numbers))
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise EngineError(
-            "the target has no safetensors weights (pickled weights are never loaded)",
-            where=str(folder),
-            fix="convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)",
-        )
-    return files
-
-
-def _headers(folder: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """(file, start of its data, {name: {dtype, shape, data_offsets}}) of each weights file."""
-    for file in _tensor_files(folder):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > file.stat().st_size:
-                    raise ValueError("the header is longer than the file")
-                header = json.loads(stream.read(length))
-        except (struct.error, ValueError, OSError) as error:
-            raise EngineError(
-                "the weights file is damaged", where=str(file), fix="fetch or convert the target again"
-            ) from error
-        header.pop("__metadata__", None)
-        yield file, 8 + length, header
-
-
-def fingerprint(folder: Path) -> str:
-    """A fine-tune of the same shape differs: config, and each tensor's name, shape, dtype and sampled bytes."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    digest = xxhash.xxh3_128(
-        json.dumps({k: v for k, v in config.items() if k not in VOLATILE_KEYS}, sort_keys=True).encode()
-    )
-    parts = []
-    for file, data_start, header in _headers(folder):
-        with file.open("rb") as stream:
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                content = b""
-                for at in (begin, (begin + end) // 2, max(begin, end - SAMPLED_BYTES)):
-                    stream.seek(data_start + at)
-                    content += stream.read(min(SAMPLED_BYTES, end - at))
-                parts.append((name, entry["dtype"], tuple(entry["shape"]), xxhash.xxh3_64_hexdigest(content)))
-    digest.update(repr(sorted(parts)).encode())
-    return digest.hexdigest()
-
-
 def loaded_bytes(info: TargetInfo, dtype: torch.dtype) -> int:
     """Of all tensors as they lie in memory, from the files' headers: floating point in `dtype`, quantised as stored."""
     total = 0
-    for _, _, header in _headers(Path(info.path)):
-        for entry in header.values():
-            begin, end = entry["data_offsets"]
-            floating = entry["dtype"] in ("F32", "F16", "BF16")
-            total += math.prod(entry["shape"]) * dtype.itemsize if floating else end - begin
+    for _, entries in headers(Path(info.path)):
+        for entry in entries:
+            floating = entry.dtype in ("F32", "F16", "BF16")
+            total += math.prod(entry.shape) * dtype.itemsize if floating else entry.end - entry.begin
     return total
 
 
 def load_head(info: TargetInfo, dtype: torch.dtype) -> TargetHead:
     """Embedding and output head, from the one or two tensors that hold them."""
     folder = Path(info.path)
-    where = {name: file for file, _, header in _headers(folder) for name in header}
+    where = {entry.name: file for file, entries in headers(folder) for entry in entries}
 
     def tensor(suffix: str) -> torch.Tensor | None:
         name = next((name for name in where if name.endswith(suffix)), None)
