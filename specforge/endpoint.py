@@ -4,13 +4,21 @@ requests side by side. Imports no torch."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 
 from specforge.errors import EngineError
+from specforge.files import parse_json
 
 TIMEOUT = httpx.Timeout(900, connect=10)  # seconds; an answer may arrive whole, when it has ended
+DEADLINE = 3600  # seconds for a request, however its body trickles in
+MOST_LINE = 1 << 20  # characters of a stream's line; a token with its alternatives has a few thousand
+MOST_BODY = 64 << 20  # bytes of a body; a long answer with its probabilities has a few
 CHAT = "/chat/completions"
 
 Worker = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -28,9 +36,7 @@ def base(url: str) -> str:
 def model_name(url: str, wanted: str | None) -> str:
     """Of the model that is served; `wanted` chooses where there are several. Raises EngineError where none answers."""
     try:
-        found = [
-            str(model["id"]) for model in httpx.get(f"{base(url)}/models", timeout=10).raise_for_status().json()["data"]
-        ]
+        found = [str(model["id"]) for model in parse_json(get(f"{base(url)}/models", timeout=10))["data"]]
     except httpx.HTTPStatusError as error:
         raise unusable(url, f"GET /v1/models gives HTTP {error.response.status_code}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -40,7 +46,7 @@ def model_name(url: str, wanted: str | None) -> str:
     if len(found) > 1 and wanted not in found:
         raise EngineError(
             f"the server has {len(found)} models: {', '.join(found[:5])}",
-            where=f"--server {url}",
+            where=f"--server {shown(url)}",
             fix="name one of them with --model-path",
         )
     if not found:
@@ -51,18 +57,68 @@ def model_name(url: str, wanted: str | None) -> str:
 def unusable(url: str, why: str, after: str = "") -> EngineError:
     """`after`: what may be done when the server is there again."""
     fix = "start it, or give the URL of an OpenAI-compatible server" + (f"; {after}" if after else "")
-    return EngineError(f"the server cannot be used: {why}", where=f"--server {url}", fix=fix)
+    return EngineError(f"the server cannot be used: {why}", where=f"--server {shown(url)}", fix=fix)
 
 
-def words_of(response: httpx.Response) -> str:
-    """HTTP status and the server's own words, in whatever of the usual forms they come. The body must be read."""
+def shown(url: str) -> str:
+    """Without what only the server may know."""
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+def get(url: str, timeout: float) -> bytes:
+    """The body there. Raises httpx.HTTPError, also where it has no end."""
+    body, until = bytearray(), time.monotonic() + timeout
+    with httpx.stream("GET", url, timeout=timeout) as response:
+        response.raise_for_status()
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > MOST_BODY or time.monotonic() > until:
+                raise httpx.ReadError("the answer has no end")
+    return bytes(body)
+
+
+@asynccontextmanager
+async def posted(client: httpx.AsyncClient, path: str, content: Any) -> AsyncIterator[httpx.Response]:
+    """The response to a request, its body still to be read, in time. Raises httpx.RequestError."""
     try:
-        content = response.json()
+        async with asyncio.timeout(DEADLINE), client.stream("POST", path, json=content) as response:
+            yield response
+    except TimeoutError as error:
+        raise httpx.ReadTimeout(f"the answer did not end within {DEADLINE} s") from error
+
+
+async def body_of(response: httpx.Response) -> bytes:
+    """Raises httpx.RequestError, also where it is too long."""
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > MOST_BODY:
+            raise httpx.ReadError("the answer has no end")
+    return bytes(body)
+
+
+async def lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """Of a stream. Raises httpx.RequestError, also where it, or one of its lines, is too long."""
+    size, rest = 0, ""
+    async for piece in response.aiter_text():
+        size += len(piece)
+        *lines, rest = (rest + piece).split("\n")
+        if size > MOST_BODY or len(rest) > MOST_LINE:
+            raise httpx.ReadError("the stream has no end")
+        for line in lines:
+            yield line
+    yield rest
+
+
+def words_of(status: int, body: bytes) -> str:
+    """HTTP status and the server's own words, in whatever of the usual forms they come."""
+    try:
+        content = parse_json(body)
         content = content.get("error", content)
         words = content.get("message", content) if isinstance(content, dict) else content
     except (ValueError, AttributeError):
-        words = response.text
-    return f"HTTP {response.status_code}: {' '.join(str(words).split())[:200]}"
+        words = body[:1000].decode(errors="replace")
+    return f"HTTP {status}: {' '.join(str(words).split())[:200]}"
 
 
 async def side_by_side(url: str, at_once: int, work: Worker) -> None:

@@ -29,7 +29,8 @@ from specforge.records import Ranks
 
 TIMEOUT = timedelta(seconds=int(os.environ.get("SPECFORGE_TIMEOUT", "1800")))
 LAUNCHED = "SPECFORGE_LAUNCHED"  # set in the environment of ranks that `start_ranks` started
-LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+LOOPBACK = "127.0.0.1"
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # where a run of one machine talks to itself
 SAVING_S = 30  # which ranks have to end after a signal
 FAILING_S = 5  # which ranks have to end by themselves after another one has failed
 
@@ -92,12 +93,11 @@ def _run(count: int) -> tuple[dict[int, int], int | None]:
     common = (
         {"OMP_NUM_THREADS": threads}
         | os.environ
+        | ON_LOOPBACK
         | {
             "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 serves no store of its own
-            "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
-            "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             LAUNCHED: str(os.getpid()),
@@ -199,6 +199,7 @@ def join(tp_size: int, dp_size: int | None = None) -> Ranks:
         if is_rank():
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
+            os.environ.update(ON_LOOPBACK)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(backend, timeout=TIMEOUT, store=HashStore(), rank=0, world_size=1)
     group = None

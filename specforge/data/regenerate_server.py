@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
+from pydantic import BaseModel, Field
 
 from specforge.data.dialogue import Dialogue, Outcome, seed_of
-from specforge.endpoint import CHAT, side_by_side, unusable, words_of
+from specforge.endpoint import CHAT, body_of, posted, side_by_side, unusable, words_of
 from specforge.records import Conversation, Message, Sampling
 
 TRIES = 5  # of one request, where the connection or the server fails
@@ -35,8 +36,7 @@ class ServerRegenerator:
         for dialogue in todo:
             while (history := dialogue.asked()) is not None:
                 seed = seed_of(self._seed, dialogue.index, dialogue.turn)
-                response = await self._post(client, self._request(history, seed))
-                self._read(dialogue, response)
+                self._read(dialogue, *await self._post(client, self._request(history, seed)))
             take(dialogue.outcome())
 
     def _request(self, history: Conversation, seed: int) -> dict[str, Any]:
@@ -53,68 +53,86 @@ class ServerRegenerator:
             **draws,
         }
 
-    async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> httpx.Response:
-        """The response, after some tries; the last one where the server failed each time."""
-        response, problem = None, None
+    async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and body of the response, after some tries; the last one where the server failed each time."""
+        asked, problem, found = "", None, None
         for number in range(TRIES):
             if number:
-                await asyncio.sleep(_wait(number, response))
+                await asyncio.sleep(_wait(number, asked))
             try:
-                response, problem = await client.post(CHAT, json=request), None
-            except httpx.TransportError as error:
-                response, problem = None, error
+                async with posted(client, CHAT, request) as response:
+                    found, problem = (response.status_code, await body_of(response)), None
+                    asked = response.headers.get("retry-after", "")
+            except httpx.RequestError as error:
+                found, problem, asked = None, error, ""
                 continue
-            if response.status_code != 429 and response.status_code < 500:
+            if found[0] != 429 and found[0] < 500:
                 break
-        if response is None:
+        if found is None:
             raise unusable(self._url, f"{TRIES} tries without an answer: {problem or 'timeout'}", GO_ON) from problem
-        if response.status_code in (401, 403, 404):
-            raise unusable(self._url, f"POST /v1{CHAT} gives HTTP {response.status_code}", GO_ON)
-        return response
+        if found[0] in (401, 403, 404):
+            raise unusable(self._url, f"POST /v1{CHAT} gives HTTP {found[0]}", GO_ON)
+        return found
 
-    def _read(self, dialogue: Dialogue, response: httpx.Response) -> None:
-        if 400 <= response.status_code < 500 and response.status_code != 429:
+    def _read(self, dialogue: Dialogue, status: int, body: bytes) -> None:
+        if 400 <= status < 500 and status != 429:
             self._failed_in_a_row = 0
-            dialogue.fail("failed", f"the server refused it: {words_of(response)}")
+            dialogue.fail("failed", f"the server refused it: {words_of(status, body)}")
             return
         try:
-            choice = response.raise_for_status().json()["choices"][0]
-            message, finish = dict(choice["message"]), choice["finish_reason"]
-        except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
-            self._failed(dialogue, response)
+            reply = _Reply.model_validate_json(body) if status < 400 else None
+        except ValueError:
+            reply = None
+        if reply is None:
+            self._failed(dialogue, words_of(status, body))
             return
         self._failed_in_a_row = 0
-        produced = str(message.get("content") or "")
+        choice = reply.choices[0]
+        message, finish = choice.message, choice.finish_reason
+        produced = message.content or ""
         if finish == "length":
             dialogue.truncate(self._sampling.max_new_tokens, produced)
-        elif message.get("tool_calls"):
+        elif message.tool_calls:
             dialogue.fail("failed", "the target called a tool", produced)
         elif finish != "stop":
             dialogue.fail("failed", f"the answer ended with '{finish}'", produced)
         else:
-            dialogue.answer(_answer(message), _tokens(response), self._special)
+            # `reasoning_content`: what the server's reasoning parser, if it has one, took out
+            answer = Message(role="assistant", content=produced, reasoning=message.reasoning_content or None)
+            dialogue.answer(answer, reply.usage.completion_tokens if reply.usage else 0, self._special)
 
-    def _failed(self, dialogue: Dialogue, response: httpx.Response) -> None:
+    def _failed(self, dialogue: Dialogue, words: str) -> None:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= FAILED_IN_A_ROW:
-            reason = f"{FAILED_IN_A_ROW} requests in a row failed; the last: {words_of(response)}"
+            reason = f"{FAILED_IN_A_ROW} requests in a row failed; the last: {words}"
             raise unusable(self._url, reason, GO_ON)
-        dialogue.fail("failed", f"the server failed: {words_of(response)}", again=True)
+        dialogue.fail("failed", f"the server failed: {words}", again=True)
 
 
-def _answer(message: dict[str, Any]) -> Message:
-    """What of a server's message becomes part of the conversation."""
-    reasoning = message.get("reasoning_content")  # what the server's reasoning parser, if it has one, took out
-    return Message(role="assistant", content=str(message.get("content") or ""), reasoning=reasoning or None)
-
-
-def _wait(number: int, response: httpx.Response | None) -> float:
-    """Seconds before try `number`: doubled each time, spread, and not less than the server asked for."""
-    asked = response.headers.get("retry-after", "") if response is not None else ""
+def _wait(number: int, asked: str) -> float:
+    """Seconds before try `number`: doubled each time, spread, and not less than the server `asked` for."""
     wait = FIRST_WAIT * 2 ** (number - 1) * random.uniform(1, 1.5)
     return min(LONGEST_WAIT, max(wait, float(asked) if asked.isdigit() else 0.0))
 
 
-def _tokens(response: httpx.Response) -> int:
-    usage = response.json().get("usage")
-    return int(usage.get("completion_tokens") or 0) if isinstance(usage, dict) else 0
+# Of a reply, what is read. Anything of another type, or too deep, or no text, is a failure of the server.
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None
+
+
+class _Usage(BaseModel):
+    completion_tokens: int = 0
+
+
+class _Reply(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None

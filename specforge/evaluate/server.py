@@ -3,16 +3,18 @@ streamed. No torch, and no retries: a request that was tried again would be in t
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
 import numpy as np
 
-from specforge.endpoint import CHAT, root, side_by_side, unusable, words_of
+from specforge.endpoint import CHAT, body_of, get, lines_of, posted, root, side_by_side, unusable, words_of
+from specforge.files import parse_json
 from specforge.records import Conversation, Message, Sampling
 
 # The servers' own names. SGLang 0.5.21: entrypoints/openai/protocol.py (SpecTokensDetails, SglExt), http_server.py
@@ -91,12 +93,12 @@ def recognise(url: str, model: str) -> Server:
             {name: info.get(key) for name, key in SGLANG_SETUP.items()} if info.get(SGLANG_SETUP["algorithm"]) else None
         )
         return Server(url=url, model=model, kind="sglang", version=str(info.get("version", "")), setup=setup)
-    return Server(url=url, model=model, kind="vllm" if VLLM_PREFIX in _get(url, VLLM_METRICS) else "other")
+    return Server(url=url, model=model, kind="vllm" if VLLM_PREFIX.encode() in _get(url, VLLM_METRICS) else "other")
 
 
 def counted(server: Server) -> Accepted | None:
     """vLLM's counters since its start; None where it has none, which is where it drafts nothing."""
-    return read_counters(_get(server.url, VLLM_METRICS)) if server.kind == "vllm" else None
+    return read_counters(_get(server.url, VLLM_METRICS).decode(errors="replace")) if server.kind == "vllm" else None
 
 
 def read_counters(metrics: str) -> Accepted | None:
@@ -105,7 +107,8 @@ def read_counters(metrics: str) -> Accepted | None:
     for line in metrics.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in (VLLM_ACCEPTED, VLLM_PASSES):
-            found[name] = found.get(name, 0) + float(line.rsplit(" ", 1)[1])
+            with suppress(ValueError, IndexError):
+                found[name] = found.get(name, 0) + float(line.rsplit(" ", 1)[1])
     return Accepted(drafts=found.get(VLLM_ACCEPTED, 0), passes=found[VLLM_PASSES]) if VLLM_PASSES in found else None
 
 
@@ -113,14 +116,18 @@ def average(server: Server) -> float | None:
     """Of SGLang's accepted length since its start, the mean over its data-parallel copies: for releases that tell
     nothing of each request."""
     info = (_info(server.url) if server.kind == "sglang" else None) or {}
-    found = [state[SGLANG_AVERAGE] for state in info.get(SGLANG_STATES) or () if SGLANG_AVERAGE in state]
-    return float(np.mean(found)) if found else None
+    states = info.get(SGLANG_STATES)
+    found = (
+        [state.get(SGLANG_AVERAGE) for state in states if isinstance(state, dict)] if isinstance(states, list) else []
+    )
+    known = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
+    return float(np.mean(known)) if known else None
 
 
 def _info(url: str) -> dict[str, Any] | None:
     for path in SGLANG_INFO:
         try:
-            found = json.loads(_get(url, path) or "null")
+            found = parse_json(_get(url, path) or b"null")
         except ValueError:
             continue
         if isinstance(found, dict) and SGLANG_STATES in found:
@@ -128,12 +135,12 @@ def _info(url: str) -> dict[str, Any] | None:
     return None
 
 
-def _get(url: str, path: str) -> str:
-    """The text there, "" where there is none."""
+def _get(url: str, path: str) -> bytes:
+    """What is there, nothing where there is none."""
     try:
-        return httpx.get(root(url) + path, timeout=30).raise_for_status().text
+        return get(root(url) + path, timeout=30)
     except httpx.HTTPError:
-        return ""
+        return b""
 
 
 class _RefusedError(Exception):
@@ -164,7 +171,7 @@ async def ask(
                 except _RefusedError as error:
                     take(Reply(domain=question.domain, failure=str(error)))
                     break
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     why = str(error) or type(error).__name__
                     raise unusable(server.url, f"the connection was lost ({why})") from error
                 take(reply)
@@ -190,11 +197,10 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
     """(figures, text) of one answer."""
     began, first, last = time.perf_counter(), None, 0.0
     text, tokens, passes = "", None, 0
-    async with client.stream("POST", CHAT, json=request) as response:
+    async with posted(client, CHAT, request) as response:
         if response.status_code != 200:
-            await response.aread()
-            raise _RefusedError(words_of(response))
-        async for line in response.aiter_lines():
+            raise _RefusedError(words_of(response.status_code, await body_of(response)))
+        async for line in lines_of(response):
             chunk = _chunk(line)
             if chunk is None:
                 continue
@@ -208,7 +214,7 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
                     text += delta.get("content") or ""
                 tokens = _tokens(chunk, tokens)
                 passes = _passes(chunk) or passes
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, TypeError, ValueError, OverflowError) as error:
                 raise _RefusedError(f"a part of the stream is malformed: {line[:80]}") from error
     if tokens is None:
         raise _RefusedError("the stream told no number of tokens (stream_options.include_usage)")
@@ -229,7 +235,7 @@ def _chunk(line: str) -> dict[str, Any] | None:
     if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
         return None
     try:
-        found = json.loads(line.removeprefix("data:"))
+        found = parse_json(line.removeprefix("data:").encode())
     except ValueError:
         found = None
     if not isinstance(found, dict):

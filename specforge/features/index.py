@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -125,7 +126,7 @@ def read_index(folder: Path) -> list[ShardLine]:
     """The lines of the committed shards. A last line that a kill cut short was never committed; it is ignored."""
     path = folder / INDEX
     *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    lines: list[Any] = [unseal(text) for text in whole]
+    lines: list[Any] = [_shard_line(text) for text in whole]
     if unseal(rest[:-1]) is not None:  # all is there but the line's end, which is another character: not cut short
         lines.append(None)
     if None in lines:
@@ -137,6 +138,19 @@ def read_index(folder: Path) -> list[ShardLine]:
             "then captures its records anew",
         )
     return lines
+
+
+def _shard_line(text: bytes) -> dict[str, Any] | None:
+    """None where the line is damaged, or names what is no shard of this folder."""
+    line = unseal(text)
+    return line if line and re.fullmatch(r"shard-\d+-\d+\.safetensors", str(line.get("file"))) else None
+
+
+def give_up(folder: Path, files: set[str]) -> None:
+    """Takes the lines of these shards back: their records count as missing."""
+    lines = [line for line in read_index(folder) if line["file"] not in files]
+    with replacing(folder / INDEX) as index:
+        index.writelines(seal(line) + "\n" for line in lines)
 
 
 def committed_ids(folder: Path) -> set[int]:

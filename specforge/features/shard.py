@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ DAMAGE = (
     "bring the file back from a copy; or delete its line from shards.jsonl: the same `specforge prepare-hidden` "
     "command then captures its records anew"
 )
+
+
+LOOKED_AT = 8  # records of a shard, at each start of a writer
 
 
 class OpenShard:
@@ -191,6 +195,16 @@ def damage(folder: Path, line: ShardLine, hidden_size: int) -> list[str]:
     if not found and not shard.whole():
         found = [f"{line['file']}: damaged outside its records"]
     return found
+
+
+def quick_damage(folder: Path, line: ShardLine, hidden_size: int) -> str | None:
+    """The same for a look at each start: existence, size, all but the states, and a few records. None: not seen."""
+    try:
+        shard = Shard(folder, line, hidden_size)
+    except StoreError as error:
+        return error.what
+    sample = random.sample(range(len(line["records"])), k=min(LOOKED_AT, len(line["records"])))
+    return None if shard.whole() and all(map(shard.intact, sample)) else "a shard is not as it was written"
 
 
 def record_bytes(codec: str, hidden_size: int, tokens: int, teachers: int) -> int:

@@ -12,10 +12,11 @@ from types import TracebackType
 
 import numpy as np
 
+from specforge.console import say
 from specforge.errors import StoreError
 from specforge.features.codec import CODECS, compress
-from specforge.features.index import DISK_BLOCK, Manifest, append_line, existing, lock, read_index
-from specforge.features.shard import HEAD, OpenShard
+from specforge.features.index import DISK_BLOCK, Manifest, append_line, existing, give_up, lock, read_index
+from specforge.features.shard import HEAD, OpenShard, quick_damage
 from specforge.features.staging import Staged, Staging
 from specforge.records import FeatureRecord
 
@@ -52,6 +53,8 @@ class StoreWriter:
             assert writer == 0, "writer 0 comes first"
             manifest.write(folder)
         self.manifest = found or manifest
+        if writer == 0:
+            _mend(folder, self.manifest.hidden_size)
         lines = read_index(folder)
         if writer == 0:
             _clear(folder, {line["file"] for line in lines})
@@ -150,6 +153,19 @@ def fitting(batch_bytes: Sequence[int], room: int, writers: int, shard_bytes: in
     batch_bytes  sum of `shard.record_bytes` over each batch's records"""
     room -= SHARD_OWN * (writers + room // shard_bytes) + FOLDER_OWN
     return int(np.searchsorted(np.cumsum(batch_bytes, dtype=np.int64), room, side="right"))
+
+
+def _mend(folder: Path, hidden_size: int) -> None:
+    """Damaged shards are given up, so that their records are captured again."""
+    damaged = set()
+    for line in read_index(folder):
+        what = quick_damage(folder, line, hidden_size)
+        if what:
+            damaged.add(line["file"])
+            count = len(line["records"])
+            say(f"[yellow]warning[/] {folder / line['file']}: {what}; its {count:,} records are captured again")
+    if damaged:
+        give_up(folder, damaged)
 
 
 def _clear(folder: Path, committed: set[str]) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from specforge.config import RankSettings, RegenerateSettings, flags
 from specforge.console import advance, is_main_rank, progress, say
 from specforge.data import formats
@@ -36,14 +38,14 @@ def regenerate(settings: RegenerateSettings) -> int | None:
 
 def _through_server(settings: RegenerateSettings, asked: list[Conversation]) -> int | None:
     from specforge.data.regenerate_server import ServerRegenerator
-    from specforge.endpoint import model_name
+    from specforge.endpoint import model_name, shown
 
     url = str(settings.server)
     special = read_special_texts(settings.model_path) if settings.model_path else None
     model = model_name(url, settings.model_path)
     finished = _finished(settings, {"engine": "server", "model": model})
     todo = _todo(asked, finished)
-    say(f"target {model} at {url}")
+    say(escape(f"target {model} at {shown(url)}"))
     sampling = _sampling(settings, ())
     with _recording(finished, len(todo)) as take:
         asyncio.run(

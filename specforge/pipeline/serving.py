@@ -29,7 +29,7 @@ from rich.table import Table
 from specforge.config import BenchmarkSettings, flags
 from specforge.console import advance, console, progress, say
 from specforge.data import questions
-from specforge.endpoint import model_name, root, unusable, words_of
+from specforge.endpoint import model_name, root, shown, unusable, words_of
 from specforge.errors import CheckpointError, ConfigError, EngineError
 from specforge.evaluate import launched, server
 from specforge.evaluate.kinds import side_by_side
@@ -210,7 +210,7 @@ def _measure(settings: BenchmarkSettings, url: str, asked: list[Conversation], s
         "seed": settings.seed,
         "levels": [],
     }
-    say(escape(f"server: {found.kind} {found.version} at {url}, model {found.model}"))
+    say(escape(f"server: {found.kind} {found.version} at {shown(url)}, model {found.model}"))
     _warm_up(settings, found, asked)
     replies, pooled = list[Reply](), server.Accepted()
     for at_once in settings.concurrency:
@@ -270,7 +270,7 @@ def _forget_prompts(settings: BenchmarkSettings, found: Server) -> None:
     except httpx.HTTPError as error:
         raise unusable(found.url, f"POST /flush_cache: {str(error) or type(error).__name__}") from error
     if not response.is_success:
-        raise unusable(found.url, f"POST /flush_cache gives {words_of(response)}")
+        raise unusable(found.url, f"POST /flush_cache gives {words_of(response.status_code, response.content)}")
 
 
 def _acceptance(found: Server, pooled: server.Accepted, replies: list[Reply]) -> dict[str, Any]:

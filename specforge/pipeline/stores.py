@@ -102,7 +102,16 @@ def store_merge(settings: StoreMergeSettings) -> None:
 def _stores(folder: Path) -> dict[str, Path]:
     """By split where the folder is prepare-hidden's, else the one store that it is, without a name."""
     splits = {name: folder / name for name in SPLITS if (folder / name / MANIFEST).exists()}
-    return splits or {"": folder}
+    if not splits:
+        return {"": folder}
+    missing = [name for name in SPLITS if name not in splits]
+    if missing:
+        raise StoreError(
+            f"half of the store is gone: there is a split {next(iter(splits))}, but no {missing[0]}",
+            where=str(folder / missing[0] / MANIFEST),
+            fix=f"bring it back from a copy, or name {folder / next(iter(splits))} to look at that split alone",
+        )
+    return splits
 
 
 def _facts(records: list[RecordLine], size: int) -> dict[str, str]:

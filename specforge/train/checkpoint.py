@@ -4,18 +4,21 @@ state.json is sealed, and holds a checksum of each other file: a damaged one is 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge.console import say
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import Eagle3Draft
-from specforge.errors import CheckpointError
+from specforge.errors import CheckpointError, first_line
 from specforge.files import digest, replacing, seal, sync_file, unseal
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -49,13 +52,28 @@ def save(
     final = folder / f"step-{state.updates:07d}"
     beside = folder / f".{final.name}.tmp"
     weights = {name: tensors[name] for name in draft.state_dict()}
-    draft_folder.save(beside, draft, kept_D, weights, dtype)
-    save_file(tensors, beside / OPTIMIZER)
-    sync_file(beside / OPTIMIZER)
-    files = {path.name: digest(path) for path in sorted(beside.iterdir())}
-    with replacing(beside / STATE) as file:
-        file.write(seal({"state": asdict(state), "identity": identity, "files": files}, indent=2) + "\n")
-    draft_folder.replace_folder(beside, final)
+    with writing(beside):
+        draft_folder.save(beside, draft, kept_D, weights, dtype)
+        save_file(tensors, beside / OPTIMIZER)
+        sync_file(beside / OPTIMIZER)
+        files = {path.name: digest(path) for path in sorted(beside.iterdir())}
+        with replacing(beside / STATE) as file:
+            file.write(seal({"state": asdict(state), "identity": identity, "files": files}, indent=2) + "\n")
+        draft_folder.replace_folder(beside, final)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises CheckpointError where the disk does not take it; what was there before stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint cannot be written: {first_line(error)}",
+            where=str(folder.parent),
+            fix="free disk space, or lower --keep; the same command goes on from the last checkpoint",
+        ) from error
 
 
 def keep_newest(folder: Path, count: int) -> None:

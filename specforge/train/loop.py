@@ -33,6 +33,7 @@ from specforge.train.tracker import Tracker
 
 NORMS_KEPT, NORMS_NEEDED = 100, 20  # gradient norms that a spike is told by
 SKIPS_ALLOWED = 3  # in a row
+STEPS_UNCOVERED = 20  # in a row, without a token of the draft vocabulary
 Slots = list[list[list[Sequence[int]]]]  # [optimizer step][slot][rank] -> record indices of a packed row
 
 
@@ -68,6 +69,7 @@ def train(run: Run) -> bool:
         untrained = _evaluated(run)
         _log(run, {"epoch": 0, "held_out": untrained.as_json()})
         say(f"untrained  held-out acceptance length {untrained.length:.3f}")
+    uncovered = 0  # steps in a row
     with Sigterm() as stop:
         while state.epoch < settings.epochs:
             steps = run.plan(state.epoch)[state.step_in_epoch :]
@@ -79,6 +81,8 @@ def train(run: Run) -> bool:
                 for _ in steps:
                     row, batches = _update(run, batches, total, stop.asked, partial(_fetch, run, records, clock))
                     _log(run, row | clock.rates(row))
+                    uncovered = 0 if row["coverage"] else uncovered + 1
+                    _check_coverage(run, uncovered)
                     advance(bar, 1, f"loss {row['loss']:.3f}  {row['tokens'] / clock.seconds:,.0f} tokens/s")
                     if state.updates % settings.save_steps == 0 or row["stop"]:
                         _save(run)
@@ -93,6 +97,16 @@ def train(run: Run) -> bool:
                 break
     say(f"best: epoch {state.best_epoch}, simulated decoding length {state.best_length:.3f} on held-out text")
     return True
+
+
+def _check_coverage(run: Run, uncovered: int) -> None:
+    """A step of small rows may hold no token of the draft vocabulary; many in a row mean that nothing is learned."""
+    if uncovered >= STEPS_UNCOVERED:
+        raise TrainingError(
+            f"in {uncovered} steps no token that the target would say is in the draft vocabulary: nothing is learned",
+            where=f"step {run.state.updates}; 'coverage' in {run.output}/metrics.jsonl",
+            fix="raise --draft-vocab-size; if it is large, look for what the target makes of these conversations",
+        )
 
 
 Batches = list[FeatureBatch | None]  # this rank's packed rows of an optimizer step
@@ -239,7 +253,8 @@ def _save(run: Run, best: bool = False) -> None:
         folder, draft, kept_D = run.output / "checkpoints", run.step.draft, run.step.kept_D
         if best:
             weights = {name: tensors[name] for name in draft.state_dict()}
-            draft_folder.save(run.output / "best", draft, kept_D, weights, run.dtype)
+            with checkpoint.writing(run.output / ".best.tmp"):
+                draft_folder.save(run.output / "best", draft, kept_D, weights, run.dtype)
             run.beat()
         checkpoint.save(folder, draft, kept_D, tensors, state, run.identity, run.dtype)
         checkpoint.keep_newest(folder, settings.keep)
