@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, but tab and newline
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -24,12 +26,17 @@ def is_main_rank() -> bool:
 def say(message: str) -> None:
     """Print on rank 0."""
     if is_main_rank():
-        console.print(message)
+        console.print(harmless(message))
 
 
 def show_error(message: str) -> None:
     console.print("[bold red]error[/] ", end="")
-    console.print(message, markup=False)
+    console.print(harmless(message), markup=False)
+
+
+def harmless(text: str) -> str:
+    """Without what a terminal obeys: text of data, models and servers gets into messages."""
+    return OBEYED.sub("\ufffd", text)
 
 
 def quiet(log_file: Path) -> None:

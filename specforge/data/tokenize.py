@@ -21,6 +21,7 @@ from specforge.alignment import prediction_depth
 from specforge.config import DataSettings
 from specforge.console import say
 from specforge.data.formats import Entry, Text, Tokens
+from specforge.data.limits import CHARACTERS, TemplateLimitError, limited
 from specforge.data.spans import Span, Template, assistant_spans, end_of_turn, generation_spans
 from specforge.errors import ConfigError, first_line
 from specforge.records import Conversation, Example, Message
@@ -29,6 +30,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SYNONYMS = {"qwen": "chatml", "qwen2": "chatml", "smollm2": "chatml", "llama-3": "llama3", "phi-3": "phi3"}
 PROBE = Conversation(id="", messages=(Message(role="user", content="a"), Message(role="assistant", content="b")))
 END = itemgetter(1)
+RENDERING = (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError)
 STATES_SPANS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -65,12 +67,26 @@ class ChatTokenizer:
         self._special = tuple(
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content
         )
+        self._probe()
         self._template = Template(self.render, self._special)
         self._template = Template(self.render, self._special, tuple(self._stop_texts()), self._prompt())
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
         if chat_template is not None and own:
             self._compare(own, chat_template)
+
+    def _probe(self) -> None:
+        """Raises ConfigError where two short turns are too much for the template."""
+        try:
+            self.render([message.as_dict() for message in PROBE.messages])
+        except TemplateLimitError as error:
+            raise ConfigError(
+                f"the chat template cannot be used: {error}",
+                where="the target's tokenizer, or --chat-template",
+                fix="look at the template; it was made by whoever made the tokenizer",
+            ) from error
+        except RENDERING:
+            pass
 
     def _compare(self, own: str, chat_template: str) -> None:
         """Say so where another template than the target's own gives another text."""
@@ -79,7 +95,7 @@ class ChatTokenizer:
             served = self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=own)
             if served == self.render(turns):
                 return
-        except TemplateError:
+        except RENDERING:
             pass
         say(
             f"note: --chat-template {chat_template} renders otherwise than the template that ships with the target; "
@@ -98,16 +114,21 @@ class ChatTokenizer:
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (), open_turn: bool = False) -> str:
         """The conversation as text; with `open_turn` up to where serving hands over to the target."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=open_turn
-            )
+            with limited():
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=open_turn
+                    )
+                )
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"the chat template has a fault in line {error.lineno}: {error.message}",
                 where="--chat-template",
                 fix="mend the Jinja file, or leave the flag out to use the target's own template",
             ) from error
-        return str(text)
+        if len(text) > CHARACTERS:
+            raise TemplateLimitError(f"it gives a text of {len(text):,} characters")
+        return text
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Tokens up to and including the header of the first assistant turn."""
@@ -134,7 +155,7 @@ class ChatTokenizer:
         texts |= {text for text in self.tokenizer.convert_ids_to_tokens(ids) if text in self._special}
         try:
             probe = assistant_spans(self._template, PROBE)
-        except TemplateError:
+        except RENDERING:
             return sorted(texts)
         if not isinstance(probe, str):
             text, spans = probe
@@ -146,7 +167,7 @@ class ChatTokenizer:
         turn = [{"role": "user", "content": "a"}]
         try:
             closed, opened = self.render(turn), self.render(turn, open_turn=True)
-        except TemplateError:
+        except RENDERING:
             return ""
         return opened[len(closed) :] if opened.startswith(closed) else ""
 
@@ -196,18 +217,19 @@ class ChatTokenizer:
             if isinstance(error, TemplateSyntaxError):
                 raise
             return f"the template refuses it: {str(error)[:80]}"
-        except (TypeError, KeyError, ValueError) as error:  # a template that expects other fields
+        except RENDERING as error:  # a template that expects other fields
             return f"the template cannot take it: {type(error).__name__}: {str(error)[:60]}"
 
     def _stated(self, conversation: Conversation) -> tuple[str, list[Span]] | str:
         messages = [message.as_dict() for message in conversation.messages]
-        [text], [blocks] = render_jinja_template(
-            [messages],
-            tools=list(conversation.tools) or None,
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with limited():
+            [text], [blocks] = render_jinja_template(
+                [messages],
+                tools=list(conversation.tools) or None,
+                chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         spans = generation_spans(text, blocks, conversation, self._special)
         return spans if isinstance(spans, str) else (text, spans)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 import xxhash
+from rich.markup import escape
 
 from specforge.config import PrepareDataSettings
 from specforge.console import advance, console, progress, say
@@ -147,7 +148,7 @@ def _say(report: ReadReport, content: dict[str, Any], tokenized: bool) -> None:
         found = content[side]
         masked = f", {found['tokens']:,} tokens, {found['supervised_share']:.1%} supervised" if tokenized else ""
         say(f"{side:>5}: {found['conversations']:,} conversations{masked}")
-    say(f"of {report.rows:,} rows ({', '.join(report.formats)}); dropped: {preparation.listed(report)}")
+    say(f"of {report.rows:,} rows ({', '.join(report.formats)}); dropped: {escape(preparation.listed(report))}")
     if tokenized:
         words = content["draft_vocabulary"]
         by_source = "; ".join(f"{name} {share:.2%}" for name, share in words["coverage_by_source"].items())
@@ -204,5 +205,5 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
     else:
         for one in shown:
             console.print(show.coloured(one, brackets=not console.is_terminal))
-    say(f"{len(shown)} of the first {report.rows} rows; dropped before them: {preparation.listed(report)}")
+    say(f"{len(shown)} of the first {report.rows} rows; dropped before them: {escape(preparation.listed(report))}")
     say("next: the same command without --show-mask")

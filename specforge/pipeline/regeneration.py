@@ -29,7 +29,7 @@ def regenerate(settings: RegenerateSettings) -> int | None:
     asked = formats.read_conversations(settings.prompts, report, needed="user")
     if report.dropped:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        say(f"of {report.rows:,} rows; dropped: {dropped}")
+        say(f"of {report.rows:,} rows; dropped: {escape(dropped)}")
     if settings.server:
         _through_server(settings, asked)
         return None
