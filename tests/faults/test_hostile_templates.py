@@ -76,17 +76,7 @@ def test_markup_and_controls_of_a_template_do_not_reach_the_terminal(tmp_path, m
     tiny.make_target(Path("target"))
     folder_with(Path("target"), template)
     tiny.write_jsonl(Path("rows.jsonl"), tiny.conversations(20))
-    command = [
-        "prepare-data",
-        "--dataset",
-        "rows.jsonl",
-        "--model-path",
-        "target",
-        "--output",
-        "data",
-        "--workers",
-        "1",
-    ]
+    given = "--dataset rows.jsonl --model-path target --output data --workers 1"
     found = CliRunner().invoke(cli.app, ["prepare-data", *given.split()])
     assert "[red]boo[/]" in found.output
     assert "\x1b" not in found.output
