@@ -69,11 +69,11 @@ def get(url: str, timeout: float) -> bytes:
     """The body there. Raises httpx.HTTPError, also where it has no end."""
     body, until = bytearray(), time.monotonic() + timeout
     with httpx.stream("GET", url, timeout=timeout) as response:
-        response.raise_for_status()
         for piece in response.iter_bytes():
             body += piece
             if len(body) > MOST_BODY or time.monotonic() > until:
                 raise httpx.ReadError("the answer has no end")
+        response.raise_for_status()
     return bytes(body)
 
 

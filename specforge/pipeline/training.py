@@ -32,7 +32,7 @@ from specforge.features.index import existing, refuse_busy
 from specforge.features.packing import Row, pack_rows, share_out
 from specforge.features.sources import LiveSource, StoreSource, held_out_batches
 from specforge.features.store import Store
-from specforge.files import HeldError, held, sign, write_json
+from specforge.files import HeldError, held, new_folder, sign, write_json
 from specforge.pipeline.checking import after_training
 from specforge.pipeline.shared import (
     SERVED_STEPS,
@@ -254,18 +254,23 @@ def _owned(output: Path) -> Iterator[None]:
     if not is_main_rank():
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = held(output / ".lock")
-    except HeldError as error:
-        raise ConfigError(
-            f"{error} is training into the output folder",
-            where=f"--output {output}",
-            fix="wait for it or stop it; or choose another folder",
-        ) from error
-    with lock:
-        sign(lock)
-        yield
+    with new_folder(output):
+        path = output / ".lock"
+        try:
+            lock = held(path)
+        except HeldError as error:
+            raise ConfigError(
+                f"{error} is training into the output folder",
+                where=f"--output {output}",
+                fix="wait for it or stop it; or choose another folder",
+            ) from error
+        with lock:
+            sign(lock)
+            try:
+                yield
+            finally:
+                if not (output / "run.json").exists():  # refused before anything was written
+                    path.unlink()
 
 
 def _run(run: Run) -> bool:
