@@ -26,10 +26,15 @@ def test_steps_that_cover_nothing_end_the_run(tmp_path):
 )
 def test_a_full_disk_at_a_checkpoint_is_one_message_and_leaves_no_part(tmp_path, error):
     part = tmp_path / ".step-0000007.tmp"
-    with pytest.raises(CheckpointError, match="No space left") as told, checkpoint.writing(part):
-        part.mkdir()
-        (part / "optimizer.safetensors").write_bytes(b"half")
-        raise error
+
+    def write() -> None:
+        with checkpoint.writing(part):
+            part.mkdir()
+            (part / "optimizer.safetensors").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(CheckpointError, match="No space left") as told:
+        write()
     assert told.value.where == str(tmp_path)
     assert "goes on from the last checkpoint" in told.value.fix
     assert not part.exists()
