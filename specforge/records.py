@@ -179,7 +179,7 @@ class TargetInfo:
     """What the draft must know of its target. Read from the target's folder; nothing of it is trained."""
 
     path: str
-    fingerprint: str  # of config, and of names, shapes and sampled bytes of every tensor
+    fingerprint: str  # of config, and of names, shapes and bytes of every tensor
     config: dict[str, object]  # the target's text config as JSON
     hidden_size: int
     num_layers: int

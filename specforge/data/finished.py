@@ -14,7 +14,7 @@ from typing import IO, Any
 from specforge.data.dialogue import Outcome
 from specforge.data.formats import to_row
 from specforge.errors import ConfigError
-from specforge.files import replacing, sync_folder
+from specforge.files import parse_json, replacing, sync_folder
 
 SYNC_SECONDS = 1.0  # what a machine that loses power may lose; a process that is killed loses nothing
 
@@ -164,7 +164,7 @@ class Finished:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for a line that is torn."""
     try:
-        content = json.loads(line) if line.endswith(b"\n") else None
+        content = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

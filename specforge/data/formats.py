@@ -121,7 +121,8 @@ def parse(
     """(name of the format, entry), or the reason why the row is none of the known formats.
 
     A list of turns comes first: data sets often repeat its first turn in a column `prompt`."""
-    own_id, source = row.get("id", row.get("prompt_id", default_id)), str(row.get("source") or source)
+    own_id, own_source = row.get("id", row.get("prompt_id", default_id)), row.get("source")
+    source = own_source if isinstance(own_source, str) and own_source else source
     own_id = str(own_id) if isinstance(own_id, str | int) else default_id
     domain = _domain(row.get("domain"))
     if "input_ids" in row:
@@ -249,10 +250,12 @@ def _message(turn: Any) -> Message | str:
     if not isinstance(content, str):
         return "a turn without text"
     reasoning = turn.get("reasoning_content", turn.get("reasoning", turn.get("thinking")))
+    if not isinstance(reasoning, str | None):
+        return "thoughts that are no text"
     return Message(
         role=ROLES[role.lower()],
         content=content,
-        reasoning=reasoning if isinstance(reasoning, str) and reasoning else None,
+        reasoning=reasoning or None,
         tool_calls=found,
         tool_call_id=_optional(turn.get("tool_call_id")),
         name=_optional(turn.get("name")),

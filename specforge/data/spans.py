@@ -28,6 +28,7 @@ Span = tuple[int, int]  # [first, last) characters
 MARK = "\u2042mark\u2042"
 SPACE = re.compile(r"\s*")
 HIDDEN = "the template hides or rewrites a turn"
+MOST_RENDERED = 400_000  # messages that a conversation's turns may cost, found one by one: some ten seconds
 THOUGHTLESS = "the template leaves out what the last turn thought, which the target would write when it is served"
 
 
@@ -74,7 +75,10 @@ def regular_spans(
 def turn_by_turn(
     template: Template, conversation: Conversation, messages: list[dict[str, Any]], text: str
 ) -> tuple[str, list[Span]] | str:
-    """The same for any template: every turn is found by itself."""
+    """The same for any template: every turn is found by itself, by two renders."""
+    turns = sum(message.role == "assistant" for message in conversation.messages)
+    if 2 * turns * len(messages) > MOST_RENDERED:
+        return f"more turns than can be found one by one ({MOST_RENDERED:,} messages would be rendered)"
     spans = list[Span]()
     for number, message in enumerate(conversation.messages):
         if message.role == "assistant":

@@ -40,7 +40,7 @@ class ChatTokenizer:
     def __init__(self, model_path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # many kinds; the tokenizers library raises Exception itself
             raise ConfigError(
                 f"the target's tokenizer cannot be loaded: {first_line(error)}",
                 where=f"--model-path {model_path}",

@@ -5,7 +5,6 @@ Layer ids stand there twice, once for each server: SGLang's id k is the output o
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from specforge import hardware
 from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.errors import CheckpointError
-from specforge.files import sync_file, sync_folder, write_json
+from specforge.files import read_json, sync_file, sync_folder, write_json
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 
@@ -125,7 +124,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     """(draft, kept_D). Raises CheckpointError where the folder is not a whole draft in this form."""
     fix = "give a folder that `specforge train` wrote, such as runs/draft/best"
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(folder / "config.json")
         content = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=fix) from error

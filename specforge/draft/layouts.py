@@ -9,7 +9,6 @@ Tensors are never cast, so a way there and back gives the same bits.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import NORMS
 from specforge.errors import CheckpointError
+from specforge.files import read_json
 from specforge.records import TargetInfo
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -145,7 +145,7 @@ def _layout(raw: dict[str, Any]) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the draft's config cannot be read: {error}", where=str(file), fix=FIX) from error
     if not isinstance(raw, dict):

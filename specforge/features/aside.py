@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from specforge.errors import EngineError
+from specforge.files import parse_json
 
 SET_ASIDE = "set-aside.jsonl"  # a line for each: {"sample_id": 7, "reason": "out of memory"}
 TOO_LARGE, NOT_FINITE = "out of memory", "states are not finite"
@@ -47,10 +48,10 @@ def _write(folder: Path, sample_id: int, reason: str) -> None:
 def reasons(folder: Path) -> dict[int, str]:
     """{sample id: reason}. Where the user removes the file, a resume tries its records again."""
     path, found = folder / SET_ASIDE, dict[int, str]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             found[int(entry["sample_id"])] = str(entry["reason"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue  # a part of a line: its record was never set aside, and is tried again
     return found

@@ -11,38 +11,41 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Annotated, Any, TypedDict
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from specforge.errors import StoreError
 from specforge.features.codec import CODECS
-from specforge.files import HeldError, held, replacing, seal, sign, sync_folder, unseal
+from specforge.files import HeldError, held, parse_json, replacing, seal, sign, sync_folder, unseal
 
 FORMAT_VERSION = 2
 MANIFEST, INDEX = "manifest.json", "shards.jsonl"
 DISK_BLOCK = 4096
 LOCK, OTHERS_LOCK = ".lock", ".lock-others"  # files that are only locked
 
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
 
 class RecordLine(TypedDict):
     """A record in its shard's line, in the order in which the records lie in the shard."""
 
-    sample_id: int
-    tokens: int
-    teachers: int  # teacher rows
-    supervised: int  # tokens of the loss mask
-    bytes: int  # of its encoded states
+    sample_id: Count
+    tokens: Count
+    teachers: Count  # teacher rows
+    supervised: Count  # tokens of the loss mask
+    bytes: Count  # of its encoded states
     xxh3: str  # of its encoded states, token ids, teacher_top1, teacher_lse and loss mask
 
 
 class ShardLine(TypedDict):
-    file: str
-    writer: int
-    bytes: int  # of the file
+    file: Annotated[str, Field(pattern=r"^shard-[0-9]+-[0-9]+\.safetensors$")]  # in this folder
+    writer: Count
+    bytes: Count  # of the file
     xxh3: str  # of all bytes of the file but the records' states
     records: list[RecordLine]
 
@@ -57,12 +60,12 @@ class Manifest:
     template_hash: str
     aux_layers: tuple[int, ...]
     data_hash: str
-    max_length: int
+    max_length: Count
     codec: str
     dtype: str  # in which the target ran
-    hidden_size: int
-    num_records: int
-    tokens_per_batch: int  # the capture's batches follow from it and the data; a resume keeps them
+    hidden_size: Annotated[int, Field(gt=0, lt=1 << 32)]
+    num_records: Count
+    tokens_per_batch: Count  # the capture's batches follow from it and the data; a resume keeps them
     engine: str
     format_version: int = FORMAT_VERSION
 
@@ -84,9 +87,13 @@ class Manifest:
                 fix="read it with the specforge that wrote it, or capture again with `specforge prepare-hidden "
                 "--output` another folder",
             )
-        if raw is None or set(raw) != {field.name for field in fields(cls)} or raw["codec"] not in CODECS:
-            raise StoreError("the manifest is damaged", where=str(path), fix="bring it back from a copy")
-        return cls(**(raw | {"aux_layers": tuple(raw["aux_layers"])}))
+        try:
+            found = MANIFESTS.validate_json(json.dumps(raw), strict=True)
+            if found.codec not in CODECS:
+                raise ValueError(f"no codec '{found.codec}'")
+        except ValueError as error:  # pydantic's is one
+            raise StoreError("the manifest is damaged", where=str(path), fix="bring it back from a copy") from error
+        return found
 
     def write(self, folder: Path) -> None:
         with replacing(folder / MANIFEST) as file:
@@ -96,6 +103,9 @@ class Manifest:
         free = {"target", "tokens_per_batch", *but}
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name not in free and mine[name] != theirs[name]]
+
+
+MANIFESTS, SHARD_LINES = TypeAdapter(Manifest), TypeAdapter(ShardLine)
 
 
 def existing(folder: Path, manifest: Manifest) -> Manifest | None:
@@ -140,10 +150,12 @@ def read_index(folder: Path) -> list[ShardLine]:
     return lines
 
 
-def _shard_line(text: bytes) -> dict[str, Any] | None:
+def _shard_line(text: bytes) -> ShardLine | None:
     """None where the line is damaged, or names what is no shard of this folder."""
-    line = unseal(text)
-    return line if line and re.fullmatch(r"shard-\d+-\d+\.safetensors", str(line.get("file"))) else None
+    try:
+        return SHARD_LINES.validate_python(unseal(text), strict=True)
+    except ValidationError:
+        return None
 
 
 def give_up(folder: Path, files: set[str]) -> None:
@@ -236,7 +248,7 @@ def check_space(folder: Path, needed: int) -> None:
 def _unsealed(text: bytes) -> dict[str, Any]:
     """What a manifest without a seal says (format 1 had none); of a damaged one, nothing."""
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
     except ValueError:
         return {}
     return raw if isinstance(raw, dict) and "check" not in raw else {}

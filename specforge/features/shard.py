@@ -136,6 +136,8 @@ class Shard:
         sizes = {"input_ids": tokens * 4, "teacher_top1": teachers * 4, "teacher_lse": teachers * 4}
         first = self._tail + -states % 8
         self._first = {name: first + sum(list(sizes.values())[:at]) for at, name in enumerate(DTYPES)}
+        if first + sum(sizes.values()) + tokens != size:
+            raise StoreError("a shard is not what its line says", where=str(self.path), fix=DAMAGE)
 
     def whole(self) -> bool:
         """Whether all but the states is as it was written."""
@@ -154,9 +156,11 @@ class Shard:
         line = self._line["records"][at]
         tokens, teachers = line["tokens"], line["teachers"]
         stored = self._states(at)
+        size = state_bytes(codec, tokens, teachers, self._hidden_size)
         if codec.zstd:
-            size = state_bytes(codec, tokens, teachers, self._hidden_size)
             stored = torch.from_numpy(decompress(codec, stored.numpy(), size))
+        if len(stored) != size:
+            raise ValueError("the states are not as long as the record")
         aux_TA, last_SH = decode(codec, sent(stored, device), tokens, teachers, self._hidden_size)
         return FeatureRecord(
             sample_id=line["sample_id"],

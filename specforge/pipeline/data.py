@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 from rich.markup import escape
 
@@ -21,7 +20,7 @@ from specforge.data.formats import ReadReport, read_rows
 from specforge.data.sources import Source, dataset_name, resolve
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError, DataError
-from specforge.files import digest, new_folder, replacing, replacing_bytes, write_json
+from specforge.files import digest, new_folder, read_json, replacing, replacing_bytes, write_json
 from specforge.pipeline.shared import refuse_foreign
 
 MOST_WORKERS = 16
@@ -169,11 +168,11 @@ def _made_from(settings: PrepareDataSettings, sources: list[Source], tokenizer: 
 
 def _is_made(output: Path, made_from: dict[str, Any]) -> bool:
     try:
-        before = orjson.loads((output / "report.json").read_bytes())
+        before = read_json(output / "report.json")
         return before["made_from"] == made_from and all(
             digest(output / name) == check for name, check in before["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

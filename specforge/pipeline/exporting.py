@@ -22,7 +22,9 @@ def export(settings: ExportSettings) -> None:
         raise ConfigError(
             "the speculators format names its target", where="--model-path", fix="give the target's folder or hub name"
         )
-    target = weights.describe(settings.model_path, settings.trust_remote_code) if settings.model_path else None
+    target = None
+    if settings.model_path:
+        target = weights.describe(settings.model_path, settings.trust_remote_code, fingerprinted=False)
     found = layouts.read(settings.folder)
     if target and not found.names_layers:
         found = layouts.with_layers(found, weights.default_aux_layers(target.num_layers))

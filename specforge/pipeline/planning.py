@@ -3,7 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.errors import ConfigError
 from specforge.features.codec import CODECS, codec_for
 from specforge.features.shard import record_bytes
-from specforge.files import write_json
+from specforge.files import read_json, write_json
 from specforge.pipeline.shared import check_lengths
 from specforge.records import HEAD_LOGITS, MAX_EXAMPLES, Example, TargetInfo
 from specforge.target import engine as engines
@@ -47,7 +46,8 @@ class Figure:
 
 
 def plan(settings: PlanSettings) -> int | None:
-    info = weights.describe(settings.model_path, settings.trust_remote_code)
+    compared = settings.rate_from is not None
+    info = weights.describe(settings.model_path, settings.trust_remote_code, fingerprinted=compared)
     engines.check_tp(info, settings.tp_size, settings.engine)
     tokenizer = ChatTokenizer(settings.model_path, settings.chat_template, settings.trust_remote_code)
     splits = prepared.load_splits(settings.data, tokenizer, settings, settings.num_samples)
@@ -234,7 +234,7 @@ def write_rate(output: Path, info: TargetInfo, rate: float, tp_size: int, device
 def read_rate(folder: Path, info: TargetInfo) -> float:
     path = folder / RATE_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         rate, fingerprint = float(content["tokens_per_second"]), content["target_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -35,7 +35,7 @@ from specforge.evaluate import launched, server
 from specforge.evaluate.kinds import side_by_side
 from specforge.evaluate.server import Reply, Server
 from specforge.evaluate.shape import Shape
-from specforge.files import write_json
+from specforge.files import read_json, write_json
 from specforge.records import Conversation, Sampling
 
 SERVER_ONLY = {"server", "launch", "launch_args", "concurrency"}
@@ -121,7 +121,7 @@ def _check_own_part(settings: BenchmarkSettings) -> None:
     from specforge.pipeline.decoding import shape_of
 
     try:
-        config = json.loads((settings.draft / "config.json").read_text(encoding="utf-8"))
+        config = read_json(settings.draft / "config.json")
         vocab_size = int(config["draft_vocab_size"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 
 from specforge.errors import TrainingError
+from specforge.files import parse_json, read_json
 
 
 def _finite(value: object) -> object:
@@ -217,8 +217,8 @@ def _metrics(path: Path) -> tuple[list[Step], dict[int, Measured]]:
     for number, line in enumerate([*lines, last], 1):
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             if number > len(lines):
                 break
             raise _error("a line is no JSON", where, "restore the file from a copy, or delete the line") from error
@@ -233,8 +233,8 @@ def _metrics(path: Path) -> tuple[list[Step], dict[int, Measured]]:
 
 def _load(path: Path, model: type[Model]) -> Model:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise _error("the file is no JSON", path, "restore it from a copy, or write it anew") from error
     return _checked(content, model, str(path))
 

@@ -57,12 +57,13 @@ def resolve(model_path: str) -> Path:
     return folder
 
 
-def describe(model_path: str, trust_remote_code: bool = False) -> TargetInfo:
-    """Reads config and fingerprint; loads no weights."""
+def describe(model_path: str, trust_remote_code: bool = False, fingerprinted: bool = True) -> TargetInfo:
+    """Reads the config; loads no weights, but hashes them for the fingerprint. Without one it is empty, for callers
+    that compare nothing with the target."""
     folder = resolve(model_path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises many kinds
         raise ConfigError(
             f"the target's config cannot be read: {first_line(error)}",
             where=f"{folder}/config.json",
@@ -71,7 +72,7 @@ def describe(model_path: str, trust_remote_code: bool = False) -> TargetInfo:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return TargetInfo(
         path=str(folder),
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder) if fingerprinted else "",
         config=json.loads(config.to_json_string(use_diff=False)),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,

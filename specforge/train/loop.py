@@ -21,7 +21,7 @@ from specforge.console import advance, is_main_rank, progress, say
 from specforge.draft import folder as draft_folder
 from specforge.draft.step import DraftStep, StepResult
 from specforge.errors import TrainingError
-from specforge.files import replacing
+from specforge.files import parse_json, replacing
 from specforge.records import Acceptance, FeatureBatch, FeatureRecord, Ranks, RecordSource, sent
 from specforge.train import checkpoint
 from specforge.train.checkpoint import RunState
@@ -267,13 +267,20 @@ def _trim_log(run: Run) -> None:
     if not is_main_rank() or not path.exists():
         return
     state = run.state
-    rows = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1:] == "\n"
-    ]
+    *lines, _ = path.read_bytes().split(b"\n")
     with replacing(path) as file:
-        for row in rows if state.updates else []:
-            if row["epoch"] <= state.epoch if "held_out" in row else row["step"] <= state.updates:
-                file.write(json.dumps(row) + "\n")
+        for number, line in enumerate(lines if state.updates else [], 1):
+            try:
+                row, text = parse_json(line), line.decode()
+                done = row["epoch"] <= state.epoch if "held_out" in row else row["step"] <= state.updates
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainingError(
+                    "a line of the log is damaged",
+                    where=f"{path}, line {number}",
+                    fix="delete that line and start again: the run needs the log for its report only",
+                ) from error
+            if done:
+                file.write(text + "\n")
 
 
 def _log(run: Run, row: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from specforge.config import TrainSettings
 from specforge.draft.step import StepResult
 from specforge.errors import ConfigError
+from specforge.files import read_json
 from specforge.hardware import compute_dtype
 from specforge.records import FeatureBatch, Ranks
 from specforge.train.muon import Muon, Partition, is_muon
@@ -69,7 +70,7 @@ def deepspeed_config(settings: TrainSettings, recipe: Recipe, ranks: Ranks, trai
     there that contradicts settings or recipe is an error."""
     path = settings.deepspeed_config
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         parts = [config, *(config.get(key, {}) for key in ("zero_optimization", "bf16", "fp16", "optimizer"))]
         parts.append(config.get("optimizer", {}).get("params", {}))
         if not all(isinstance(part, dict) for part in parts):

@@ -156,7 +156,7 @@ WITHIN = 0.05
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """An 8B target of which only the config and the header of the weights exist."""
+    """An 8B target of which only the config and the header of the weights exist; the rest of the file is a hole."""
     folder = tmp_path_factory.mktemp("llama")
     LLAMA_8B.save_pretrained(folder)
     with torch.device("meta"):
@@ -166,8 +166,12 @@ def llama(tmp_path_factory):
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     content = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
-    return weights.describe(str(folder)), sum(tensor.nbytes for tensor in model.state_dict().values())
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(file.tell() + at)
+    return weights.describe(str(folder), fingerprinted=False), sum(
+        tensor.nbytes for tensor in model.state_dict().values()
+    )
 
 
 def counted(config: DraftConfig, tokens: int, steps: int) -> dict[str, float]:
