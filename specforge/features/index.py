@@ -15,9 +15,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, TypedDict
+from typing import IO, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes that of Python from 3.12 on only
 
 from specforge.errors import StoreError
 from specforge.features.codec import CODECS
