@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,10 @@ Codec = Literal["auto", "bf16", "fp8", "bf16+zstd", "fp8+zstd"]
 def flags(names: Iterable[str]) -> str:
     """Settings as they are typed."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+SHORT = reprlib.Repr()  # of what a file says, in a message: an alias in YAML can stand for billions of values
+SHORT.maxstring = SHORT.maxother = 200
 
 
 class Settings(BaseModel):
@@ -358,7 +363,7 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
 
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"the settings file cannot be read: {error}",
                 where=str(file),
@@ -375,7 +380,8 @@ def load(settings: type[Settings], given: dict[str, Any], file: Path | None = No
         flag = key.upper() if key in POSITIONAL else f"--{key.replace('_', '-')}"
         where = f"{file}, key '{key}'" if key in values and key not in given else flag
         raise ConfigError(
-            f"{name}: {first['msg'].lower()}" + (f", got {first['input']!r}" if first["type"] != "missing" else ""),
+            f"{name}: {first['msg'].lower()}"
+            + (f", got {SHORT.repr(first['input'])}" if first["type"] != "missing" else ""),
             where=where,
             fix="see --help for names and ranges",
         ) from error

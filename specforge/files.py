@@ -92,7 +92,10 @@ def unseal(text: bytes) -> dict[str, Any] | None:
     body, _, check = text.rpartition(b', "check": ')
     if check != f'"{xxhash.xxh3_64_hexdigest(body)}"}}'.encode():
         return None
-    content: dict[str, Any] = json.loads(body + b"}")
+    try:
+        content: dict[str, Any] = parse_json(body + b"}")
+    except ValueError:
+        return None
     return content
 
 

@@ -6,10 +6,13 @@ Layer ids stand there twice, once for each server: SGLang's id k is the output o
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +22,9 @@ from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.errors import CheckpointError
 from specforge.files import read_json, sync_file, sync_folder, write_json
 
+FIX = "give a folder that `specforge train` wrote, such as runs/draft/best"
+UNFIT = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError)  # of torch, transformers
+TOKENS = ("bos_token_id", "eos_token_id")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 
 
@@ -98,45 +104,57 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def config_of(raw: dict[str, Any]) -> DraftConfig:
-    """What config.json says. Raises KeyError or TypeError where something is missing."""
-    return DraftConfig(
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_attention_heads=raw["num_attention_heads"],
-        num_key_value_heads=raw["num_key_value_heads"],
-        head_dim=raw["head_dim"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        vocab_size=raw["vocab_size"],
-        draft_vocab_size=raw["draft_vocab_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        rope_parameters=raw["rope_parameters"],
-        aux_layers=tuple(raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
-        target_fingerprint=raw.get("specforge", {}).get("target_fingerprint", ""),
-        token_ids={name: raw[name] for name in ("bos_token_id", "eos_token_id") if isinstance(raw.get(name), int)},
-        fc_norm=bool(raw.get("fc_norm")),
-        norm_before_fc=bool(raw["eagle_config"].get("norm_before_fc", raw.get("norm_before_fc"))),
-        norm_output=bool(raw.get("norm_output")),
-    )
+CONFIGS = TypeAdapter(DraftConfig)
+
+
+def config_of(raw: dict[str, Any], folder: Path) -> DraftConfig:
+    """What config.json says. Raises CheckpointError where something is missing or of another type."""
+    names = {field.name for field in fields(DraftConfig)} - {"aux_layers", "target_fingerprint", "token_ids", *NORMS}
+    try:
+        eagle_config = raw["eagle_config"]
+        return CONFIGS.validate_python(
+            {name: raw[name] for name in names}
+            | {
+                "aux_layers": tuple(eagle_config["eagle_aux_hidden_state_layer_ids"]),
+                "target_fingerprint": (raw.get("specforge") or {}).get("target_fingerprint", ""),
+                "token_ids": {name: raw[name] for name in TOKENS if type(raw.get(name)) is int},
+                "fc_norm": bool(raw.get("fc_norm")),
+                "norm_before_fc": bool(eagle_config.get("norm_before_fc", raw.get("norm_before_fc"))),
+                "norm_output": bool(raw.get("norm_output")),
+            },
+            strict=True,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        said = f"no {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise CheckpointError(
+            f"the draft's config cannot be used: {said}", where=str(folder / "config.json"), fix=FIX
+        ) from error
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     """(draft, kept_D). Raises CheckpointError where the folder is not a whole draft in this form."""
-    fix = "give a folder that `specforge train` wrote, such as runs/draft/best"
     try:
         raw = read_json(folder / "config.json")
         content = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=fix) from error
+        raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=FIX) from error
+    config = config_of(raw, folder)
     try:
-        config = config_of(raw)
-        kept_D = content.pop("d2t") + torch.arange(config.draft_vocab_size)
-        _check(raw, config, kept_D, content.pop("t2d"))
+        d2t_D, t2d_V = content.pop("d2t"), content.pop("t2d")
+        with torch.device("meta"):  # before memory is taken for sizes that a config only claims
+            shapes = {name: tensor.shape for name, tensor in Eagle3Draft(config).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in content.items()} or len(d2t_D) != config.draft_vocab_size:
+            raise ValueError("the tensors are not those of the config's sizes")
+        kept_D = d2t_D + torch.arange(len(d2t_D))
+        _check(raw, config, kept_D, t2d_V)
         draft = Eagle3Draft(config)
         draft.load_state_dict(content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (*UNFIT, StrictDataclassError) as error:
         raise CheckpointError(
-            f"the draft's config and tensors do not fit: {str(error)[:300]}", where=str(folder), fix=fix
+            f"the draft's config and tensors do not fit: {str(error)[:300]}", where=str(folder), fix=FIX
         ) from error
     return draft.to(dtype), kept_D
 

@@ -275,7 +275,7 @@ def _rope(subject: Subject) -> Iterator[Finding]:
     fault, note = found.is_ours, "; right only if it was trained so: see the acceptance"
     for name in sorted({"rope_type", "rope_theta"} | set(own) | set(rope)):
         mine, its = own.get(name), rope.get(name)
-        if mine != its and not (name == "rope_type" and {mine, its} <= {None, "default"}):
+        if mine != its and not (name == "rope_type" and all(kind in (None, "default") for kind in (mine, its))):
             what = f"the draft's {name} is {mine}, the target's {its}" + ("" if fault else note)
             yield Finding(what, found.key(f"rope_parameters.{name}"), "write the target's", fault)
     reach, needed = config.get("max_position_embeddings"), target.get("max_position_embeddings")

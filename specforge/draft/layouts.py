@@ -26,6 +26,7 @@ from specforge.records import TargetInfo
 IDS = "eagle_aux_hidden_state_layer_ids"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PROPOSED_TOKENS = 3  # that vLLM drafts for each pass where nothing else is said
+MAPPINGS = ("eagle_config", "rope_parameters", "rope_scaling", "transformer_layer_config", "specforge")
 FIX = "give a folder with config.json and *.safetensors, such as runs/draft/best"
 RENAMED = (("model.", ""), ("layers.0.", "midlayer."))  # prefixes of other layouts, and ours
 
@@ -73,8 +74,8 @@ def read(folder: Path) -> Contents:
             ) from error
     if not tensors:
         raise CheckpointError("the draft has no safetensors weights", where=str(folder), fix=FIX)
+    _refuse_odd(folder, raw)
     layout = _layout(raw)
-    _refuse_odd_ids(folder, raw)
     return Contents(
         folder=folder,
         layout=layout,
@@ -112,7 +113,8 @@ def with_layers(found: Contents, layers: tuple[int, ...]) -> Contents:
 def write(found: Contents, layout: str, output: Path, target: TargetInfo | None, target_name: str | None) -> None:
     """The draft in another layout; `target` is what it is for. Raises CheckpointError where the layout has no place
     for something that the draft needs."""
-    config = draft_folder.config_json(draft_folder.config_of(found.config), found.tensors["fc.weight"].dtype)
+    shape = draft_folder.config_of(found.config, found.folder)
+    config = draft_folder.config_json(shape, found.tensors["fc.weight"].dtype)
     tensors = found.tensors
     if layout == "vllm":
         assert target is not None
@@ -123,17 +125,24 @@ def write(found: Contents, layout: str, output: Path, target: TargetInfo | None,
     draft_folder.write(output, config, tensors)
 
 
-def _refuse_odd_ids(folder: Path, raw: dict[str, Any]) -> None:
-    """Everything else reads them as lists of whole numbers."""
-    inner = raw.get("eagle_config") or {}
-    places = {"the top level": raw.get(IDS), "eagle_config": inner.get(IDS) if isinstance(inner, dict) else inner}
-    for place, ids in places.items():
-        if ids and not (isinstance(ids, list) and all(type(layer) is int for layer in ids)):
-            raise CheckpointError(
-                f"the layer ids of {place} are no list of whole numbers: {ids!r}",
-                where=f"{folder / 'config.json'}, '{IDS}'",
-                fix="write the layers that the draft was trained on",
-            )
+def _refuse_odd(folder: Path, raw: dict[str, Any]) -> None:
+    """Everything else reads these parts as what they should be."""
+    parts = {"": raw, **{f"{name}.": raw[name] for name in MAPPINGS if isinstance(raw.get(name), dict)}}
+    for place, part in parts.items():
+        for name, value in part.items():
+            odd = None
+            if value is not None and name in MAPPINGS and not isinstance(value, dict):
+                odd = "no mapping"
+            elif value and name == IDS and not (isinstance(value, list) and all(type(layer) is int for layer in value)):
+                odd = "no list of whole numbers"
+            elif value and name == "architectures" and not isinstance(value, list):
+                odd = "no list"
+            if odd:
+                raise CheckpointError(
+                    f"{place}{name} is {odd}: {str(value)[:200]}",
+                    where=f"{folder / 'config.json'}, '{place}{name}'",
+                    fix="write the layers that the draft was trained on" if name == IDS else "save the draft again",
+                )
 
 
 def _layout(raw: dict[str, Any]) -> str:
@@ -169,11 +178,12 @@ def _from_speculators(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """With what older configs leave to be understood, or say under another name."""
-    heads, scaling = config.get("num_attention_heads"), dict(config.get("rope_scaling") or {})
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
     understood = {
         "num_key_value_heads": heads,
-        "head_dim": config["hidden_size"] // heads if heads and config.get("hidden_size") else None,
+        "head_dim": hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None,
         "draft_vocab_size": config.get("vocab_size"),
         "rope_parameters": {**scaling, "rope_theta": config.get("rope_theta", 10000.0), "rope_type": kind},
     }

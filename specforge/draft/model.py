@@ -14,16 +14,18 @@ Source: EAGLE-3 (Li et al., 2025), and the draft class of the servers that load 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge.records import TargetHead, TargetInfo
 
+Size = Annotated[int, Field(gt=0, lt=1 << 31)]
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1
 
 
@@ -31,15 +33,15 @@ NORMS = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1
 class DraftConfig:
     """The draft's shape. Sizes are in elements; the rest is inherited from the target."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
     rms_norm_eps: float
-    vocab_size: int  # of the target
-    draft_vocab_size: int
-    max_position_embeddings: int
+    vocab_size: Size  # of the target
+    draft_vocab_size: Size
+    max_position_embeddings: Size
     rope_parameters: dict[str, Any]
     aux_layers: tuple[int, ...]  # id k: output of layer k
     fc_norm: bool = False

@@ -48,7 +48,7 @@ class ShardLine(TypedDict):
     writer: Count
     bytes: Count  # of the file
     xxh3: str  # of all bytes of the file but the records' states
-    records: list[RecordLine]
+    records: Annotated[list[RecordLine], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,7 +181,7 @@ def _with_features(
     ranks: Ranks,
 ) -> None:
     """Equal logits and acceptance, on features out of a store or captured now."""
-    layers = draft_folder.config_of(found.config).aux_layers
+    layers = draft_folder.config_of(found.config, found.folder).aux_layers
     engine = None
     if settings.data or engines.choose(settings.engine) == "sglang":
         own = settings.model_copy(update={"aux_layers": layers})
@@ -249,7 +249,7 @@ def _stored(
 
 
 def _draft(found: layouts.Contents, info: TargetInfo, dtype: torch.dtype, ranks: Ranks) -> Eagle3Draft:
-    draft = Eagle3Draft(draft_folder.config_of(found.config))
+    draft = Eagle3Draft(draft_folder.config_of(found.config, found.folder))
     draft.load_state_dict({name: found.tensors[name] for name in draft.state_dict()})
     return draft.to(ranks.device, dtype).eval()
 
@@ -320,7 +320,7 @@ def _neighbours(
 ) -> None:
     """Feeds the draft the layers one below and one above as well. Ids that are shifted alike for both servers are
     well-formed; they show only here, where the draft understands other layers better than those that it names."""
-    named = draft_folder.config_of(found.config).aux_layers
+    named = draft_folder.config_of(found.config, found.folder).aux_layers
     draft, kept_D = _draft(found, info, engine.dtype, ranks), _kept(found, ranks)
     embedding_VH = weights.load_head(info, engine.dtype).embedding_VH.to(ranks.device)
 

@@ -69,6 +69,13 @@ def describe(model_path: str, trust_remote_code: bool = False, fingerprinted: bo
             where=f"{folder}/config.json",
             fix="use a model that this version of transformers knows, or --trust-remote-code if its code is trusted",
         ) from error
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if type(found := getattr(config, name, None)) is not int or found < 1:
+            raise ConfigError(
+                f"the target's {name} is {found!r}, not a number above 0",
+                where=f"{folder}/config.json, '{name}'",
+                fix="give a language model in Hugging Face layout",
+            )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return TargetInfo(
         path=str(folder),

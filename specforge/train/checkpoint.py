@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic takes that of Python from 3.12 on only
 
 from specforge.console import say
 from specforge.draft import folder as draft_folder
@@ -37,6 +39,17 @@ class RunState:
     norms: list[float] = field(default_factory=list)  # of the gradient, in the last steps that were applied
     skipped_in_a_row: int = 0
     went_back: bool = False
+
+
+class _Content(TypedDict):
+    """Of state.json."""
+
+    state: RunState
+    identity: dict[str, Any]
+    files: dict[Annotated[str, Field(pattern=r"^[a-z]+\.(json|safetensors)$")], str]  # checksums
+
+
+CONTENT = TypeAdapter(_Content)
 
 
 def save(
@@ -104,7 +117,7 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> tuple[Path, RunState,
             say(f"[yellow]warning[/] {path / damaged} is not as it was written: this checkpoint is left out")
             continue
         _check_identity(path, content["identity"], identity)
-        return path, RunState(**content["state"]), load_file(path / OPTIMIZER)
+        return path, content["state"], load_file(path / OPTIMIZER)
     if found:
         raise CheckpointError(
             "every checkpoint is damaged",
@@ -114,11 +127,12 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> tuple[Path, RunState,
     return None
 
 
-def _content(path: Path) -> dict[str, Any] | None:
+def _content(path: Path) -> _Content | None:
     try:
-        return unseal((path / STATE).read_bytes().removesuffix(b"\n"))
-    except OSError:
+        found = CONTENT.validate_python(unseal((path / STATE).read_bytes().removesuffix(b"\n")))
+    except (OSError, ValidationError):
         return None
+    return found if OPTIMIZER in found["files"] else None
 
 
 def _is(path: Path, check: str) -> bool:
