@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 TOLD, UNTOLD = 2, 3  # exit codes of a rank that ends with an error: it has told the user why; another one will
 
 
@@ -49,7 +52,30 @@ class CheckpointError(SpecforgeError):
     """A draft folder or checkpoint that cannot be used."""
 
 
+def mending(error: BaseException) -> str:
+    """What helps where a machine has run out of something, else ""."""
+    files = isinstance(error, OSError) and error.errno in LACKS_FILES
+    if files or os.strerror(errno.EMFILE) in str(error):
+        return "let a process open more files: ulimit -n 4096"
+    return "close what else takes memory, or use a machine with more" if is_out_of_memory(error) else ""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, short; its type where it says nothing."""
     said = str(error).strip()
     return said.splitlines()[0][:300] if said else type(error).__name__
+
+
+LACKS_FILES = (errno.EMFILE, errno.ENFILE)
+LACKS_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",  # torch on a CPU
+    "out of memory",  # CUDA's own calls and torch on it; SGLang's pools of KV cache and of requests
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """How a lack of memory shows in the libraries that run the target and train the draft."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in said for s in LACKS_MEMORY))

@@ -31,7 +31,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from specforge import config, endpoint, pipeline
 from specforge.data import regenerate_server
@@ -68,12 +68,18 @@ TEXTS = (
 )
 
 
-# --- changes -----------------------------------------------------------------------------------------------------------
+class Source(random.Random):
+    """What draws a case. Without changes it is the control: then nothing may be refused."""
+
+    changes = True
 
 
-def changed(source: random.Random, content: bytes) -> bytes:
+# changes
+
+
+def changed(source: Source, content: bytes) -> bytes:
     """The content with one to three faults; of JSON, of sealed JSON and of safetensors also such as keep its form."""
-    for _ in range(source.choice((1, 1, 2, 3))):
+    for _ in range(source.choice((1, 1, 2, 3)) if source.changes else 0):
         kinds = [_bytes_changed]
         with suppress(ValueError, RecursionError):
             json.loads(content.removesuffix(b"\n"))
@@ -87,7 +93,7 @@ def changed(source: random.Random, content: bytes) -> bytes:
     return content
 
 
-def _bytes_changed(source: random.Random, content: bytes) -> bytes:
+def _bytes_changed(source: Source, content: bytes) -> bytes:
     at = source.randrange(len(content) + 1)
     to = min(len(content), at + source.choice((1, 4, 30, 1000)))
     kind = source.randrange(6)
@@ -104,7 +110,7 @@ def _bytes_changed(source: random.Random, content: bytes) -> bytes:
     return content[:at] + source.choice(TEXTS) + content[at:]
 
 
-def _json_changed(source: random.Random, content: bytes) -> bytes:
+def _json_changed(source: Source, content: bytes) -> bytes:
     value = _value_changed(source, json.loads(content.removesuffix(b"\n")))
     text = json.dumps(value, ensure_ascii=source.random() < 0.5).encode("utf-8", "surrogatepass")
     if source.random() < 0.05:
@@ -112,7 +118,7 @@ def _json_changed(source: random.Random, content: bytes) -> bytes:
     return text + b"\n" * content.endswith(b"\n")
 
 
-def _sealed_changed(source: random.Random, content: bytes) -> bytes:
+def _sealed_changed(source: Source, content: bytes) -> bytes:
     value = _value_changed(source, unseal(content.removesuffix(b"\n")))
     return seal(value).encode("utf-8", "surrogatepass") + b"\n" if isinstance(value, dict) and value else content
 
@@ -125,13 +131,13 @@ def _header_of(content: bytes) -> tuple[Any, bytes] | None:
         return None
 
 
-def _header_changed(source: random.Random, content: bytes) -> bytes:
+def _header_changed(source: Source, content: bytes) -> bytes:
     header, rest = _header_of(content) or ({}, b"")
     text = json.dumps(_value_changed(source, header)).encode("utf-8", "surrogatepass")
     return (len(text) + source.choice((0, 0, 0, 0, 1, -1))).to_bytes(8, "little") + text + rest
 
 
-def _value_changed(source: random.Random, value: Any) -> Any:
+def _value_changed(source: Source, value: Any) -> Any:
     """One place of it, deep or not."""
     if isinstance(value, dict | list) and value and source.random() < 0.85:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -157,9 +163,9 @@ def _value_changed(source: random.Random, value: Any) -> Any:
     return source.choice(EVIL)
 
 
-def file_changed(source: random.Random, path: Path) -> None:
+def file_changed(source: Source, path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
-    if not content:
+    if not content or not source.changes:
         return
     if source.random() < 0.05:
         path.unlink()
@@ -172,7 +178,7 @@ def file_changed(source: random.Random, path: Path) -> None:
         path.write_bytes(changed(source, content))
 
 
-# --- what is watched ---------------------------------------------------------------------------------------------------
+# what is watched
 
 _written: list[str] | None = None
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -213,8 +219,9 @@ _hooked: list[bool] = []
 
 
 def tried(kind: str, seed: int, case: Path) -> str:
-    """What is wrong with how this case ends; "" if nothing is. `case`: an empty folder."""
-    source = random.Random(f"{kind} {seed}")
+    """What is wrong with how this case ends; "" if nothing is. `case`: an empty folder. A seed below 0: the control."""
+    source = Source(f"{kind} {seed}")
+    source.changes = seed >= 0
     (case / "out").mkdir(parents=True)
     run = KINDS[kind](source, case)
     before = {
@@ -226,8 +233,8 @@ def tried(kind: str, seed: int, case: Path) -> str:
         for step in run:
             try:
                 step()
-            except (SpecforgeError, OSError):
-                continue
+            except (SpecforgeError, OSError) as error:
+                fault = fault or ("" if source.changes else f"refused what is whole: {error}")
             except Exception:
                 fault = traceback.format_exc()
                 break
@@ -241,7 +248,7 @@ def tried(kind: str, seed: int, case: Path) -> str:
     return fault
 
 
-# --- the kinds ---------------------------------------------------------------------------------------------------------
+# the kinds
 
 Steps = list[Callable[[], Any]]
 
@@ -262,7 +269,7 @@ def made(name: str) -> Path:
     elif name == "draft":
         info = weights.describe(str(made("target")))
         kept_D = torch.arange(3, 103)
-        draft = Eagle3Draft(DraftConfig.for_target(info, (0, 1, 2), 100))
+        draft = Eagle3Draft(DraftConfig.for_target(info, weights.default_aux_layers(info.num_layers), 100))
         draft_folder.save(folder / "sglang", draft, kept_D, draft.state_dict(), torch.float32)
         for layout in ("vllm", "safeailab"):
             with suppress(SpecforgeError):
@@ -270,7 +277,7 @@ def made(name: str) -> Path:
     return folder
 
 
-def store(source: random.Random, case: Path) -> Steps:
+def store(source: Source, case: Path) -> Steps:
     """Index and shards: read, verified, shown, merged, gone on with."""
     codec = source.choice(("bf16", "fp8", "bf16+zstd"))
     mine = case / ("out/store" if source.random() < 0.3 else "store")
@@ -304,7 +311,7 @@ def store(source: random.Random, case: Path) -> Steps:
     return [*steps, go_on, read] if case / "out" in mine.parents else steps
 
 
-def draft(source: random.Random, case: Path) -> Steps:
+def draft(source: Source, case: Path) -> Steps:
     """A draft folder: loaded, inspected, put into other layouts."""
     layout = source.choice(sorted(path.name for path in made("draft").iterdir()))
     mine = case / "draft"
@@ -324,7 +331,7 @@ def draft(source: random.Random, case: Path) -> Steps:
     return [lambda: draft_folder.load(mine, torch.float32), inspected, *export]
 
 
-def rows(source: random.Random, case: Path) -> Steps:
+def rows(source: Source, case: Path) -> Steps:
     """Rows of all formats to prepared data, and prepared data to examples."""
     target, whole = str(made("target")), tiny.conversations(8, seed=source.randrange(99))
     if source.random() < 0.5:
@@ -352,7 +359,8 @@ def rows(source: random.Random, case: Path) -> Steps:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), case / name)
         content = changed(source, (case / name).read_bytes())
     (case / name).write_bytes(content)
-    template = source.choice((None, None, "qwen3", "mistral", "deepseek", "gpt-oss", "gemma"))
+    templates = (None, None, "qwen3", "mistral", "deepseek", "gpt-oss", "gemma")
+    template = source.choice(templates) if source.changes else None
     given = {
         "dataset": (str(case / name),), "model_path": target, "output": case / "out" / "data", "workers": 1,
         "max_bad_rows": 1.0, "chat_template": template, "overlong": source.choice(("drop", "truncate-turn")),
@@ -369,7 +377,7 @@ def rows(source: random.Random, case: Path) -> Steps:
     return [show, prepare, prepared_changed, plan, prepare]
 
 
-def stream(source: random.Random, case: Path) -> Steps:
+def stream(source: Source, case: Path) -> Steps:
     """A server's answers, whole and as streams: regenerate and benchmark."""
     said = [
         {"choices": [{"delta": {"content": "a "}, "finish_reason": None}], "usage": None},
@@ -397,11 +405,11 @@ def stream(source: random.Random, case: Path) -> Steps:
     broken = source.choice(
         ("/v1/models", "/get_server_info", "/metrics", "/v1/chat/completions", "/v1/chat/completions")
     )
-    bodies[broken] = changed(source, bodies[broken]) if bodies[broken] else source.choice(TEXTS)
+    bodies[broken] = changed(source, bodies[broken] or b"{}")
     headers = {}
-    if source.random() < 0.15:
+    if source.changes and source.random() < 0.15:
         headers["Content-Encoding"] = source.choice(("gzip", "deflate", "br", "zstd", "x"))
-    status = source.choice((200, 200, 200, 200, 400, 500, 204, 301, 999))
+    status = source.choice((200, 200, 200, 200, 400, 500, 204, 301, 999)) if source.changes else 200
     tiny.write_jsonl(case / "prompts.jsonl", tiny.conversations(3, turns=1))
     url, stop = serving(bodies, headers, status)
     regenerate = command(
@@ -449,7 +457,7 @@ def serving(bodies: dict[str, bytes], headers: dict[str, str], status: int) -> t
     return f"http://127.0.0.1:{server.server_port}", stop
 
 
-def target(source: random.Random, case: Path) -> Steps:
+def target(source: Source, case: Path) -> Steps:
     """The target's folder: described, its tokenizer loaded and used, its head read."""
     mine = case / "target"
     shutil.copytree(made("target"), mine)
@@ -472,7 +480,7 @@ def target(source: random.Random, case: Path) -> Steps:
     return [described, used]
 
 
-def run_folder(source: random.Random, case: Path) -> Steps:
+def run_folder(source: Source, case: Path) -> Steps:
     """What a training leaves: its report, and its checkpoint."""
     from tests.unit import test_report
 
@@ -496,7 +504,7 @@ def run_folder(source: random.Random, case: Path) -> Steps:
     return [report, lambda: checkpoint.load_newest(mine / "checkpoints", {"a": 1})]
 
 
-def settings_file(source: random.Random, case: Path) -> Steps:
+def settings_file(source: Source, case: Path) -> Steps:
     """--config, and DeepSpeed's settings."""
     given = {"model_path": "target", "data": "data", "features": "feat", "output": "out", "epochs": 3, "lr": "auto"}
     text = (
@@ -518,7 +526,7 @@ def settings_file(source: random.Random, case: Path) -> Steps:
     return [lambda: config.load(config.TrainSettings, {}, case / "settings.yaml"), deepspeed]
 
 
-KINDS: dict[str, Callable[[random.Random, Path], Steps]] = {
+KINDS: dict[str, Callable[[Source, Path], Steps]] = {
     "store": store, "draft": draft, "rows": rows, "stream": stream, "target": target, "run": run_folder,
     "settings": settings_file,
 }  # fmt: skip
@@ -549,6 +557,10 @@ def main() -> None:
     quick()
     found = {kind: Found() for kind in chosen.kinds}
     until = time.monotonic() + 60 * chosen.minutes
+    for kind, one in found.items():
+        with tempfile.TemporaryDirectory() as case:
+            one.faults |= {-1: fault} if (fault := tried(kind, -1, Path(case))) else {}
+            print(*one.faults.values(), sep="\n")
     while time.monotonic() < until:
         for kind, one in found.items():
             if one.seconds > min(other.seconds for other in found.values()) + 5:

@@ -27,6 +27,7 @@ ROLES = {
 TURN_LISTS = ("conversations", "messages")
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 NAMED_LINES = 5  # of each reason, the report names the first few
+DEEPEST = 100  # levels of a call's arguments, or of tools
 DOMAIN_LETTERS = 64  # a domain is a name; of a longer text its beginning
 
 
@@ -283,7 +284,7 @@ def _calls(calls: list[Any] | tuple[Any, ...]) -> tuple[Mapping[str, Any], ...] 
                 arguments = orjson.loads(arguments)
             except ValueError:
                 return None
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or _too_deep(arguments):
             return None
         own_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append(own_id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -300,7 +301,20 @@ def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | str:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return "tools that are no list of schemas"
-    return tuple(tools)
+    return "tools that are nested too deeply" if _too_deep(tools) else tuple(tools)
+
+
+def _too_deep(value: Any) -> bool:
+    """Deeper than it could be written again; a schema has about ten levels."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any] | str:

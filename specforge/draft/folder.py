@@ -122,7 +122,6 @@ def config_of(raw: dict[str, Any], folder: Path) -> DraftConfig:
                 "norm_before_fc": bool(eagle_config.get("norm_before_fc", raw.get("norm_before_fc"))),
                 "norm_output": bool(raw.get("norm_output")),
             },
-            strict=True,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         said = f"no {error}"
@@ -145,9 +144,14 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     try:
         d2t_D, t2d_V = content.pop("d2t"), content.pop("t2d")
         with torch.device("meta"):  # before memory is taken for sizes that a config only claims
-            shapes = {name: tensor.shape for name, tensor in Eagle3Draft(config).state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in content.items()} or len(d2t_D) != config.draft_vocab_size:
-            raise ValueError("the tensors are not those of the config's sizes")
+            shapes = {name: list(tensor.shape) for name, tensor in Eagle3Draft(config).state_dict().items()}
+        found = {name: list(tensor.shape) for name, tensor in content.items()} | {"d2t": list(d2t_D.shape)}
+        shapes["d2t"] = [config.draft_vocab_size]
+        for name in sorted(shapes.keys() | found.keys()):
+            if shapes.get(name) != found.get(name):
+                raise ValueError(
+                    f"{name} is {found.get(name, 'missing')}, not {shapes.get(name, 'a tensor of a draft')}"
+                )
         kept_D = d2t_D + torch.arange(len(d2t_D))
         _check(raw, config, kept_D, t2d_V)
         draft = Eagle3Draft(config)

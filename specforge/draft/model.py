@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge.records import TargetHead, TargetInfo
 
-Size = Annotated[int, Field(gt=0, lt=1 << 31)]
+Size = Annotated[int, Field(gt=0, lt=1 << 31, strict=True)]
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1
 
 

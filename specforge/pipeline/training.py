@@ -24,7 +24,7 @@ from specforge.data.tokenize import ChatTokenizer
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import NORMS, DraftConfig, Eagle3Draft
 from specforge.draft.step import DraftStep
-from specforge.errors import ConfigError, StoreError, TrainingError, first_line
+from specforge.errors import ConfigError, StoreError, TrainingError, first_line, is_out_of_memory
 from specforge.evaluate.acceptance import teacher_forced
 from specforge.evaluate.shape import Shape
 from specforge.features.hybrid import HybridSource
@@ -50,7 +50,6 @@ from specforge.pipeline.shared import (
 from specforge.records import Acceptance, Ranks, RecordSource, TargetEngine, TargetInfo
 from specforge.target import engine as engines
 from specforge.target import weights
-from specforge.target.memory import is_out_of_memory
 from specforge.train import checkpoint, tracker
 from specforge.train.loop import Run, Slots
 from specforge.train.loop import train as run_training

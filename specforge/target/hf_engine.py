@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError, OutOfMemoryError, first_line
+from specforge.errors import EngineError, OutOfMemoryError, first_line, is_out_of_memory
 from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
 from specforge.target import teacher
-from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 
 # Where SGLang, which serves, hands on something else than a layer's output: the part of the layer whose output it is.

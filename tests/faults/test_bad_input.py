@@ -28,6 +28,7 @@ from specforge.features.writer import StoreWriter
 from specforge.records import FeatureRecord
 from specforge.target import weights
 from tests import tiny, warm
+from tests.faults.page import fault
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (1, 3, 4)
@@ -35,7 +36,6 @@ SILENT = (  # a template that never shows what the assistant says
     "{% for message in messages if message['role'] != 'assistant' %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
 )
-
 
 # What all cases share, made once
 
@@ -226,6 +226,10 @@ BROKEN = {"json": b"{broken", "utf-8": b'{"conversations": "\xff\xfe"}', "zeros"
 
 
 @pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN)
+@fault(
+    "more than 1 % of the rows are broken",
+    "refused; the first are named",
+)
 def test_broken_lines_over_one_percent_are_named(work, bad):
     rows = tiny.conversations(200)
     rows[10], rows[50], rows[150] = bad, bad, bad
@@ -235,6 +239,10 @@ def test_broken_lines_over_one_percent_are_named(work, bad):
 
 
 @pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN)
+@fault(
+    "fewer rows are broken",
+    "they are left out and counted",
+)
 def test_broken_lines_under_one_percent_are_counted(work, bad):
     rows = tiny.conversations(200)
     rows[10] = bad
@@ -249,6 +257,10 @@ def test_broken_lines_under_one_percent_are_counted(work, bad):
 
 
 @pytest.mark.parametrize("content", ["half a pair \ud83d", "zero \x00 byte", "line\u2028separator"])
+@fault(
+    "rows hold lone surrogates, NUL, or no UTF-8",
+    "at most that row is left out",
+)
 def test_odd_characters_cost_at_most_their_own_row(work, content):
     row = {"conversations": [{"role": "user", "content": "odd"}, {"role": "assistant", "content": content}]}
     accepted(run(*prepare_data(work, jsonl([*tiny.conversations(150), row]))))
@@ -307,6 +319,10 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
+@fault(
+    "the output folder holds something else",
+    "refused; it stays as it is",
+)
 def test_an_output_folder_of_something_else(work, command):
     output = refused(run, work, command, *OUTPUTS[command](work), "--output", foreign())
     assert "out" in output.split("where:")[1].splitlines()[0]
@@ -383,6 +399,10 @@ def test_a_target_without_config(work):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"model_type": "unheard_of"}', b"\xff\xfe"])
+@fault(
+    "the target's config.json is no JSON, or absurd",
+    "refused",
+)
 def test_a_target_whose_config_is_none(work, content):
     target = target_copy(work)
     (target / "config.json").write_bytes(content)
@@ -400,6 +420,10 @@ def test_a_target_without_weights(work, harm):
     assert "target" in refused(run, work, *prepare_hidden(work, "--model-path", target))
 
 
+@fault(
+    "the target's weights are cut off",
+    "refused",
+)
 def test_a_target_whose_weights_are_cut_off(work):
     """Only the engine sees it; there is a log, but no store."""
     target = target_copy(work)
@@ -522,6 +546,10 @@ def test_a_store_that_is_not_there_or_is_unfinished(work):
     assert "manifest.json" in refused(run, work, *train(work, "--features", work / "features" / "train"))
 
 
+@fault(
+    "a store was made from another target",
+    "refused",
+)
 def test_training_on_a_store_of_another_target(work):
     output = refused(run, work, *train(work, "--features", work / "of_other"))
     assert "'target_fingerprint'" in output
@@ -541,6 +569,10 @@ def test_training_on_a_store_of_other_layers(work):
     assert "1 2 3" in output
 
 
+@fault(
+    "a store was made with another tokenizer",
+    "refused",
+)
 def test_training_on_a_store_of_another_tokenizer(work):
     target = target_copy(work, "tokenizer*")
     other = tiny.tokenizer()
@@ -591,6 +623,10 @@ def test_a_draft_that_is_none(work):
     assert "target" in refused(run, work, *benchmark(work, "--data", work / "data", "--draft", work / "target"))
 
 
+@fault(
+    "a draft belongs to another target",
+    "refused",
+)
 def test_a_draft_of_another_target(work):
     output = refused(run, work, *benchmark(work, "--data", work / "data"), "--model-path", work / "other")
     assert "target_fingerprint" in output
@@ -641,6 +677,10 @@ def test_prompts_that_are_none(work, content):
     refused(run, work, "regenerate", "--prompts", prompts, "--model-path", work / "target", "--output", "out.jsonl")
 
 
+@fault(
+    "input and output are one file",
+    "refused",
+)
 def test_prompts_are_not_written_over_by_the_answers(work):
     given = jsonl(tiny.conversations(2))
     few = ["--model-path", work / "target", "--engine", "hf", "--max-new-tokens", 1]

@@ -15,6 +15,7 @@ import pytest
 
 from tests import tiny, warm
 from tests.e2e.test_commands import command, run
+from tests.faults.page import fault
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,10 @@ def steps(folder: Path) -> list[int]:
         ("state.json", 1.0),
     ],
 )
+@fault(
+    "a bit flips in any file of a checkpoint",
+    "a warning names the file; training goes on from the checkpoint before",
+)
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(copied, name, share):
     flip(copied / "run/checkpoints/step-0000030" / name, share)
     said = run(train("run", "--epochs", 2), copied)
@@ -85,17 +90,29 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(copied, name,
     assert "is not as it was written" not in run(train("run", "--epochs", 2), copied)  # written anew
 
 
+@fault(
+    "somebody edits the numbers in a checkpoint's state.json",
+    "the same",
+)
 def test_a_plausible_edit_of_the_state_is_found(copied):
     state = copied / "run/checkpoints/step-0000030/state.json"
     state.write_text(state.read_text().replace('"applied": 30', '"applied": 20'))
     assert "step-0000030/state.json is not as it was written" in run(train("run", "--epochs", 2), copied)
 
 
+@fault(
+    "a file of a checkpoint is gone",
+    "the same",
+)
 def test_a_missing_file_is_named_too(copied):
     (copied / "run/checkpoints/step-0000030/optimizer.safetensors").unlink()
     assert "step-0000030/optimizer.safetensors is not as" in run(train("run", "--epochs", 2), copied)
 
 
+@fault(
+    "every checkpoint is damaged",
+    "refused; nothing is removed",
+)
 def test_where_all_are_damaged_nothing_is_removed(copied):
     for path in (copied / "run/checkpoints").iterdir():
         flip(path / "optimizer.safetensors", 0.5)
@@ -106,6 +123,10 @@ def test_where_all_are_damaged_nothing_is_removed(copied):
     assert "is damaged" not in run(train("run", "--epochs", 1, "--no-resume"), copied)
 
 
+@fault(
+    "two trainings get one output folder",
+    "the second is refused and names the process of the first, which goes on",
+)
 def test_a_second_training_into_the_same_folder_is_refused(copied):
     """Without a trace of it; the first goes on."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
@@ -134,6 +155,10 @@ def test_a_second_training_into_the_same_folder_is_refused(copied):
     assert [row["step"] for row in found if "step" in row] == list(range(1, sum("step" in row for row in found) + 1))
 
 
+@fault(
+    "somebody plants a link in the place of a lock",
+    "refused; what the link points to stays as it is",
+)
 def test_a_planted_link_is_not_followed(copied):
     (copied / "mine").write_text("precious")
     (copied / "run" / ".lock").unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from specforge.records import Example, Ranks
 from specforge.target import engine as engines
 from specforge.target import weights
 from tests import tiny, warm
+from tests.faults.page import fault
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -52,6 +53,10 @@ def long_target(tmp_path_factory) -> Path:
     return folder
 
 
+@fault(
+    "a pass of the target does not fit into memory",
+    "it is halved; a conversation that does not fit alone is set aside and listed",
+)
 def test_a_pass_without_memory_is_halved_down_to_one_sample_which_is_set_aside(long_target):
     """Sample 0 is 17 times as long as the others. How far a pass is halved depends on the allocator."""
     found = result(worker("memory_that_runs_out", long_target))
@@ -61,6 +66,10 @@ def test_a_pass_without_memory_is_halved_down_to_one_sample_which_is_set_aside(l
 
 
 @pytest.mark.proof
+@fault(
+    "the same on one rank of several",
+    "all ranks halve together",
+)
 def test_all_ranks_of_a_replica_halve_where_one_lacks_memory(long_target):
     found = result(worker("one_rank_without_memory", long_target, ranks=2))
     assert found["set_aside"] == [0]  # 8,000 tokens alone
@@ -109,6 +118,10 @@ def run(command: list[str], folder: Path, code: int) -> str:
 
 
 @pytest.mark.proof
+@fault(
+    "the target's states of a conversation are not finite",
+    "the conversation is set aside and listed",
+)
 def test_a_record_with_nan_states_is_set_aside_and_spoils_no_other(poisoned):
     """1 of 1,001 is within 0.1 %. It shares its pass of the target with 41 others."""
     rows = data(poisoned, "one", 1001, {700})
@@ -129,6 +142,10 @@ def written(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.proof
+@fault(
+    "states of more than one conversation in a thousand are not finite",
+    "the capture ends with one message, code 2",
+)
 def test_more_than_one_in_a_thousand_ends_the_capture_and_says_so_once(poisoned):
     """Two replicas: whichever of them meets the second bad record tells of it."""
     rows = data(poisoned, "two", 101, {17, 60})
@@ -149,6 +166,10 @@ def train(data: Path, output: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize("store", [False, True])
+@fault(
+    "the same while training online",
+    "the conversation is set aside, and never trained on",
+)
 def test_online_training_sets_a_record_with_nan_states_aside(poisoned, store):
     """It is never trained on, and where there is a store it is not captured again."""
     rows = data(poisoned, f"online{store}", 1001, {700}, held_out=8)
@@ -171,6 +192,10 @@ def test_online_training_sets_a_record_with_nan_states_aside(poisoned, store):
 
 
 @pytest.mark.parametrize("store", [False, True])
+@fault(
+    "the same, more than one in a thousand",
+    "training ends with one message, code 2",
+)
 def test_more_than_one_in_a_thousand_ends_online_training_and_says_so_once(poisoned, store):
     rows = data(poisoned, f"bad{store}", 101, {17, 60}, held_out=8)
     command = train(rows, f"bad_out{store}", *(["--features", f"bad_kept{store}"] if store else []))
@@ -182,6 +207,10 @@ def test_more_than_one_in_a_thousand_ends_online_training_and_says_so_once(poiso
         assert "Traceback" not in said
 
 
+@fault(
+    "the same while measuring",
+    "refused: its figures would be of other text",
+)
 def test_a_benchmark_of_states_that_are_not_finite_is_refused(poisoned):
     """Its figures would be of other text than what was asked for."""
     examples = [
@@ -242,6 +271,10 @@ def with_signal(command: list[str], folder: Path, log: Path, which: signal.Signa
         pytest.param(signal.SIGSTOP, "rank 1 did not answer", marks=pytest.mark.proof),
         (signal.SIGKILL, "rank 1 was ended by SIGKILL (out of memory?)"),
     ],
+)
+@fault(
+    "a rank of `prepare-hidden` is stopped or killed",
+    "one message names the rank, code 2; the same command goes on",
 )
 def test_a_rank_that_stops_or_dies_ends_all_and_is_named(poisoned, which, message):
     rows = data(poisoned, f"rows{int(which)}", 400, set())

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from specforge import cli, endpoint
 from specforge.data import regenerate_server
 from tests import tiny
+from tests.faults.page import fault
 
 GOOD = {"choices": [{"message": {"content": "yes."}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
 
@@ -104,6 +105,10 @@ def regenerate(url: str, output: str = "out.jsonl") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@fault(
+    "a server answers with deep, endless, compressed or ill-typed content",
+    "a recorded failure of that conversation, in time",
+)
 def test_a_hostile_answer_is_a_recorded_failure(name):
     began = time.monotonic()
     with serving(*HOSTILE[name]) as url:
@@ -121,6 +126,10 @@ def test_a_hostile_answer_is_a_recorded_failure(name):
     assert failed["id"] == "bad"
 
 
+@fault(
+    "a server's model name holds markup and escape codes; the URL a password",
+    "the name is shown as text; the password is not shown",
+)
 def test_markup_of_a_model_and_a_password_are_not_shown():
     with serving(*HOSTILE["a number"], model="[red]m[/] \x1b[2J") as url:
         code, said = regenerate(url.replace("//", "//me:secret@"))

@@ -19,6 +19,7 @@ from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import ConfigError
 from specforge.records import Conversation, Message
 from tests import tiny
+from tests.faults.page import fault
 
 MINE = "{% if messages[0].content == 'evil' %}PLACE{% endif %}" + tiny.CHATML
 HOSTILE = {
@@ -52,6 +53,10 @@ def conversation(asked: str) -> Conversation:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@fault(
+    "a chat template loops for ever, or makes gigabytes, for some rows",
+    "those rows are dropped and counted",
+)
 def test_a_template_that_is_hostile_to_some_rows_costs_those_rows(tmp_path, name):
     tokenizer = ChatTokenizer(folder_with(tmp_path, MINE.replace("PLACE", HOSTILE[name])))
     began, before = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS)
@@ -65,11 +70,19 @@ def test_a_template_that_is_hostile_to_some_rows_costs_those_rows(tmp_path, name
 
 
 @pytest.mark.parametrize("name", ["loops in loops", "a long text"])
+@fault(
+    "the same for all rows",
+    "refused at the start",
+)
 def test_a_template_that_is_hostile_to_all_is_refused_at_once(tmp_path, name):
     with pytest.raises(ConfigError, match="cannot be used: it wants more than"):
         ChatTokenizer(folder_with(tmp_path, HOSTILE[name]))
 
 
+@fault(
+    "a template or a row holds escape codes",
+    "they are shown as text",
+)
 def test_markup_and_controls_of_a_template_do_not_reach_the_terminal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     template = "{{ raise_exception('[red]boo[/] \x1b[2J\x1b]0;mine\x07') }}"

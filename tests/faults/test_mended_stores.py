@@ -12,6 +12,7 @@ from specforge.features.store import Store
 from specforge.files import seal, unseal
 from tests import tiny
 from tests.e2e.test_commands import command, run
+from tests.faults.page import fault
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,10 @@ def flipped(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [shortened, flipped, Path.unlink])
+@fault(
+    "a shard is cut short, changed or deleted, and the same `prepare-hidden` runs again",
+    "the shard is named, and its records are captured again",
+)
 def test_a_damaged_shard_is_named_and_captured_again(work, copied, damage):
     damage(copied / "feat/train/shard-0-2.safetensors")
     said = run(capture("feat"), copied)
@@ -70,6 +75,10 @@ def test_a_damaged_shard_is_named_and_captured_again(work, copied, damage):
 
 
 @pytest.mark.parametrize("name", ["../../mine.safetensors", "/etc/hosts", "shard-0-2.safetensors/x", "mine"])
+@fault(
+    "an index names files outside of its store",
+    "refused; they are not read",
+)
 def test_an_index_that_names_other_files_is_refused(copied, name):
     """They are not read, and not removed."""
     (copied / "mine.safetensors").write_text("precious")
@@ -83,6 +92,10 @@ def test_an_index_that_names_other_files_is_refused(copied, name):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+@fault(
+    "one of the two splits of a store is gone",
+    "`store verify` refuses it",
+)
 def test_half_a_store_is_not_as_it_was_written(copied, split):
     (copied / "feat" / split / "manifest.json").unlink()
     said = run(command("store", "verify", "feat"), copied, code=2)

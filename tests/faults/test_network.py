@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
+from tests.faults.page import fault
 from tests.faults.test_engine_faults import children, environment_of
 from tests.faults.test_watch import lines, started, train, wait_for, work  # noqa: F401  a fixture
 
@@ -68,6 +69,10 @@ class Planted:
         return Path.touch, (self._path,)
 
 
+@fault(
+    "another account writes pickles, false process ids, huge and deep entries into the store of a run",
+    "nothing: the run goes on, no process of others is ended, nothing is unpickled",
+)
 def test_a_run_of_two_ranks_listens_on_loopback_alone_and_hostile_entries_do_nothing(work, tmp_path):  # noqa: F811
     output = "attacked"
     command = train(output, "--online", "--data", "data", "--tp-size", 2)
@@ -119,6 +124,10 @@ def attack(host: str, port: int, pid: int, planted: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--features", "feat"), ("--online", "--data", "data")])
+@fault(
+    "somebody scans a machine on which one process trains",
+    "nothing listens outside of loopback",
+)
 def test_a_single_process_listens_nowhere_else(work, arguments):  # noqa: F811
     output = f"alone{len(arguments)}"
     with started(["-m", "specforge.cli", *train(output, *arguments)], work) as process:

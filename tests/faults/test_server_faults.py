@@ -16,6 +16,7 @@ import pytest
 from specforge.evaluate import launched
 from tests import hub_server, tiny
 from tests.chat_server import Chat, chatting
+from tests.faults.page import fault
 from tests.faults.test_bad_input import ROOT, refused, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -30,6 +31,10 @@ def refusal(*arguments: object) -> str:
     return refused(run, Path.cwd(), "benchmark", "--output", "out.json", *arguments)
 
 
+@fault(
+    "nothing answers at the URL",
+    "refused",
+)
 def test_no_server_at_the_url():
     url = f"http://127.0.0.1:{launched._free_port()}"
     assert f"--server {url}" in refusal("--server", url)
@@ -53,6 +58,10 @@ def test_a_server_that_tells_no_number_of_tokens():
 
 
 @pytest.mark.parametrize("kind", ["sglang", "vllm"])
+@fault(
+    "a server dies while it is measured",
+    "a partial result, and what is missing",
+)
 def test_a_server_that_dies_in_mid_run_leaves_a_partial_result(kind):
     given = ["--num-prompts", 6, "--concurrency", "1 2 4", "--output", "out.json"]
     with chatting(Chat(kind=kind)) as whole:
@@ -202,6 +211,10 @@ def test_our_own_server_is_shown_measured_and_ended():
     assert gone(int(Path("pid").read_text()))
 
 
+@fault(
+    "the server that `benchmark --launch` starts dies",
+    "refused, with the end of its log",
+)
 def test_our_own_server_that_dies_while_it_starts():
     found = done("--launch-args", "--fails")
     assert found.returncode == 2

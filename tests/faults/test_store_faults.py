@@ -22,6 +22,7 @@ from specforge.features.shard import HEAD
 from specforge.features.store import Store
 from specforge.pipeline.stores import store_verify
 from tests import tiny
+from tests.faults.page import fault
 from tests.faults.store_kills import INSTANTS, RECORDS, WRITERS
 from tests.stores import assert_holds, filled
 
@@ -41,6 +42,10 @@ def kills(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("what", "number"), INSTANTS)
+@fault(
+    "a capture is killed at any instant",
+    "the same command finishes it with the bytes of an unbroken run",
+)
 def test_a_run_killed_at_any_instant_is_finished_with_the_same_bytes(kills, what, number):
     """Two writers, 20 shards and more. Not only the records: each shard file is the one of the unbroken run."""
     folder, report = kills
@@ -114,6 +119,10 @@ def positions(folder, count, seed):
 
 
 @pytest.mark.parametrize("codec", ["bf16", "fp8+zstd"])
+@fault(
+    "any bit of a store flips",
+    "refused where it is read; shard and record are named",
+)
 def test_each_of_100_single_bit_flips_is_noticed_and_named(whole, codec, tmp_path):
     """Over shards, manifest and index; two codecs make 200."""
     folder = shutil.copytree(whole[codec], tmp_path / "store")
@@ -147,6 +156,10 @@ def test_a_flip_in_tokens_or_masks_names_its_record(whole, tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["bf16", "fp8+zstd"])
+@fault(
+    "a file of a store is cut short",
+    "the same",
+)
 def test_each_of_50_truncations_is_noticed_and_named(whole, codec, tmp_path):
     """Cutting the index makes its last lines uncommitted, as a kill does: the store is then unfinished, not damaged."""
     folder = shutil.copytree(whole[codec], tmp_path / "store")
@@ -211,6 +224,10 @@ print(json.dumps({"said": said, "left": left, "committed": len(lines), "whole": 
 
 
 @pytest.mark.parametrize("size", ["60k", "92k", "100k", "120k", "200k"])
+@fault(
+    "the disk is full while features are written",
+    "refused; what was committed is whole, and the same command goes on",
+)
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path, size):
     """Blocks run out, in the kernel, at some write, here or there. (200 records take about 230 kB.)"""
     (tmp_path / "disk").mkdir()
@@ -290,6 +307,10 @@ time.sleep(120)
 """
 
 
+@fault(
+    "two captures get one output folder",
+    "the second is refused",
+)
 def test_prepare_hidden_into_a_store_that_is_being_written(tmp_path):
     """Refused before the target is loaded, and without a change."""
     tiny.make_target(tmp_path / "target")

@@ -17,6 +17,7 @@ import pytest
 
 from specforge.features.store import Store
 from tests import tiny
+from tests.faults.page import fault
 from tests.faults.test_engine_faults import children, environment_of
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,10 @@ def named_once(said: str, rank: int) -> None:
         pytest.param("--online --data data --tp-size 2 --features kept", 1, marks=pytest.mark.proof),
     ],
 )
+@fault(
+    "a rank of online training stops answering",
+    "one message names the rank after `--rank-timeout`; all ranks end, code 2; the run can go on",
+)
 def test_a_stopped_rank_of_online_training_is_named(work, source, rank):
     output = f"stopped{rank}{len(source)}"
     with started(["-m", "specforge.cli", *train(output, *source.split())], work) as process:
@@ -122,6 +127,10 @@ def test_a_stopped_rank_of_online_training_is_named(work, source, rank):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("rank", [0, 1])
+@fault(
+    "the same under torchrun",
+    "the same",
+)
 def test_a_stopped_rank_of_training_from_a_store_is_named(work, rank):
     """Under torchrun, whose exit code and report are its own; it kills a stopped rank after 30 seconds."""
     output = f"offline{rank}"
@@ -134,6 +143,10 @@ def test_a_stopped_rank_of_training_from_a_store_is_named(work, rank):
     assert re.search(r"exitcode *: 2\b", said)
 
 
+@fault(
+    "a rank of `regenerate` stops answering",
+    "the same; answers that take long are not taken for it",
+)
 def test_a_stopped_rank_of_regenerate_is_named_and_long_answers_are_no_hang(work):
     with started(["-m", "specforge.cli", *regenerate("stopped.jsonl")], work) as process:
         wait_for(process, (work / "stopped.jsonl.progress.jsonl").exists)
@@ -166,6 +179,10 @@ def test_a_stopped_rank_of_regenerate_is_named_and_long_answers_are_no_hang(work
         ),
     ],
 )
+@fault(
+    "a rank fails, or hangs in one place, alone",
+    "one message names the rank and the place",
+)
 def test_a_rank_that_fails_or_hangs_alone_is_named(work, command, fault, message):
     with started([FAULTY, *command], work, FAULT=fault) as process:
         said, _ = process.communicate(timeout=START_S)
@@ -183,6 +200,10 @@ def test_a_rank_that_fails_or_hangs_alone_is_named(work, command, fault, message
         ["check", "draft", "--model-path", "target", "--data", "data", "--tp-size", 2],
         ["benchmark", "--draft", "draft", "--model-path", "target", "--data", "data", "--tp-size", 2],
     ],
+)
+@fault(
+    "a rank of `check` or `benchmark` hangs",
+    "the same",
 )
 def test_the_commands_that_measure_a_draft_are_watched_too(work, command):
     if not (work / "draft").exists():

@@ -11,8 +11,13 @@ from safetensors import SafetensorError
 
 from specforge.errors import CheckpointError, TrainingError
 from specforge.train import checkpoint, loop
+from tests.faults.page import fault
 
 
+@fault(
+    "the draft vocabulary covers nothing that the target says, or the target's head is broken",
+    "training ends with one message, code 2",
+)
 def test_steps_that_cover_nothing_end_the_run(tmp_path):
     run = SimpleNamespace(state=checkpoint.RunState(updates=30), output=tmp_path)
     loop._check_coverage(run, loop.STEPS_UNCOVERED - 1)

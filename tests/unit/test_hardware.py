@@ -67,7 +67,9 @@ def test_training_follows_the_cpu_and_a_resumed_run_keeps_its_dtype(fast, info, 
     folder.mkdir(parents=True)
     for before in ("float32", "bfloat16"):
         identity = {"dtype": before, "row_tokens": 512, "batch_size": 1, "adam_lr": 1e-3, "warmup_share": 0.1}
-        (folder / "state.json").write_text(seal({"identity": identity}))
+        (folder / "state.json").write_text(
+            seal({"state": {}, "identity": identity, "files": {"optimizer.safetensors": ""}})
+        )
         assert training._recipe(settings, 10_000, info, Ranks())[1]["bf16"] == {"enabled": before == "bfloat16"}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from specforge.errors import ConfigError, EngineError
 from specforge.target import tensors, weights
 from tests import tiny
+from tests.faults.page import fault
 
 
 @pytest.fixture
@@ -21,6 +22,10 @@ def target(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.013, 0.31, 0.62, 0.999, 1.0])
+@fault(
+    "one bit of the target's weights changes after a capture",
+    "another target: the store is refused",
+)
 def test_a_flipped_bit_anywhere_in_the_weights_is_another_target(target, share):
     file = target / "model.safetensors"
     before = tensors.fingerprint(target)
@@ -87,6 +92,10 @@ def written(path, header, data=b"\0" * 64):
         },
     ],
 )
+@fault(
+    "the header of a weights file lies about offsets, shapes or sizes",
+    "refused",
+)
 def test_a_header_that_lies_is_refused(target, header):
     written(target / "model.safetensors", header)
     with pytest.raises(EngineError, match="damaged"):
@@ -107,6 +116,10 @@ def test_a_config_that_is_none_is_refused(target, text):
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@fault(
+    "a config claims a billion layers",
+    "refused at once",
+)
 def test_a_billion_layers_are_refused_at_once(target, nested):
     config = json.loads((target / "config.json").read_text())
     more = {"num_hidden_layers": 10**9}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specforge import hardware
 from specforge.alignment import teacher_rows
-from specforge.errors import EngineError, OutOfMemoryError, first_line
+from specforge.errors import EngineError, OutOfMemoryError, first_line, is_out_of_memory
 from specforge.records import (
     HEAD_LOGITS,
     MAX_EXAMPLES,
@@ -33,7 +33,6 @@ from specforge.records import (
     TargetInfo,
 )
 from specforge.target import teacher
-from specforge.target.memory import is_out_of_memory
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
