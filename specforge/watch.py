@@ -168,7 +168,8 @@ class Watch:
 
     def _lose_board(self, what: str) -> NoReturn:
         """The ranks cannot agree on who tells of it. Rank 0 may be the one that serves the board."""
-        what = f"the launcher, which serves the ranks' common store, {what}"
+        at = f" at {os.environ['MASTER_ADDR']}" if "MASTER_ADDR" in os.environ else ""
+        what = f"the launcher, which serves the ranks' common store{at}, {what}"
         self._write_stacks(what)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self._world))
         speaks = int(os.environ.get("LOCAL_RANK", self._rank)) == min(1, here - 1)

@@ -114,8 +114,8 @@ def test_a_machine_that_vanishes_ends_the_run_on_the_other(work, hosts, gone):  
             codes = [agent.returncode for agent in agents]
     finally:
         ip("-n", hosts[gone], "link", "set", "eth0", "up")
-    print(seconds, codes, said[1 - gone][-3000:])
     assert 0 not in codes
-    assert seconds < 90
-    assert f"rank {gone}" in said[1 - gone]
+    assert seconds < 90  # of which 12 are the watchdog's patience, and torchrun waits 30 for its own
+    lost = f"common store at {ADDRESSES[0]}, did not answer for 12 s" if gone == 0 else "error rank 1 did not answer"
+    assert lost in said[1 - gone]
     assert "fault of specforge" not in said[0] + said[1]
