@@ -6,7 +6,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test proof clean
+.PHONY: help env demo check test proof faults clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -29,6 +29,10 @@ test: env  ## the tests, less proofs and those that need a GPU
 
 proof: env  ## the slow proofs
 	.venv/bin/python -m pytest -m proof $(ARGS)
+
+faults: env  ## all tests of faults, slow ones too; then docs/faults.md
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m 'not gpu' --deselect tests/faults/test_page.py tests/faults $(ARGS)
+	.venv/bin/python -m tests.faults.page docs/faults.md
 
 clean:  ## remove .venv and the tools' caches; runs/ and cache/ stay
 	rm -rf .venv .venv.lock *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

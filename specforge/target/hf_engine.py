@@ -125,9 +125,10 @@ class HfEngine:
 
     def self_check(self) -> None:
         ids = list(range(min(8, self.info.vocab_size)))
-        aux, last, _ = self._forward(ids, None, torch.arange(len(ids), device=self.device))
+        aux, last, logits = self._forward(ids, None, torch.arange(len(ids), device=self.device))
         if not (torch.isfinite(aux).all() and torch.isfinite(last).all()):
             raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype float32")
+        teacher.check_logits(logits, self.info)
 
     def close(self) -> None:
         del self._model

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from specforge.errors import EngineError
+from specforge.records import TargetInfo
+
 CACHED = 3 << 20  # bytes of fp32 logits that stay in a CPU core's cache between the passes over them
 
 
@@ -37,6 +40,16 @@ def columns(logits_nV: Tensor, softcap: float | None = None) -> tuple[Tensor, Te
         best.append((group_r1[:, 0] * group + in_group_rG.argmax(-1)).to(torch.int32))
         lse.append(own_rW.sub_(most_r1).exp_().sum(-1).log_() + most_r1[:, 0])
     return torch.cat(best), torch.cat(lse)
+
+
+def check_logits(logits: Tensor, info: TargetInfo) -> None:
+    """Raises EngineError where one is NaN: then no text and no teacher of this target means anything."""
+    if torch.isnan(logits).any():
+        raise EngineError(
+            "the target's logits are not numbers, though its states are: its output head is damaged",
+            where=info.path,
+            fix="fetch or convert the target again",
+        )
 
 
 class Shard(NamedTuple):

@@ -65,7 +65,9 @@ def trained(folder: Path) -> Any:
 
 def measured(folder: Path) -> Any:
     found = json.loads((folder / "result.json").read_text())
-    return found["teacher_forced"], {k: v for k, v in found["decode"].items() if "second" not in k}
+    return found["teacher_forced"], {
+        k: v for k, v in found["decode"].items() if k not in ("speed_up", *TIMED) and "second" not in k
+    }
 
 
 def same(one: Any, two: Any) -> bool:

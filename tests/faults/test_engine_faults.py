@@ -207,6 +207,27 @@ def test_more_than_one_in_a_thousand_ends_online_training_and_says_so_once(poiso
         assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("engine", ["hf", "sglang"])
+@fault("a row of the target's output head is NaN", "refused when the target is loaded")
+def test_a_head_that_is_not_finite_is_named_by_every_command_that_loads_the_target(poisoned, engine):
+    """Its logits have a NaN everywhere: greedy text would be one token, every loss 0, and all of it "checked"."""
+    broken = poisoned / "broken"
+    if not broken.exists():
+        weights_file = tiny.make_target(broken) / "model.safetensors"
+        tensors = load_file(weights_file)
+        tensors["lm_head.weight"][5] = float("nan")
+        save_file(tensors, weights_file, metadata={"format": "pt"})
+    tiny.write_jsonl(poisoned / "prompts.jsonl", tiny.conversations(8))
+    cli, given = [sys.executable, "-m", "specforge.cli"], ["--model-path", "broken", "--engine", engine]
+    for command in (
+        [*cli, "regenerate", *given, "--prompts", "prompts.jsonl", "--output", f"{engine}.jsonl"],
+        [*train(poisoned / "prompts.jsonl", f"run-{engine}"), *given],
+    ):
+        said = run(command, poisoned, 2)
+        assert "its output head is damaged" in said
+        assert "fetch or convert the target again" in said
+
+
 @fault(
     "the same while measuring",
     "refused: its figures would be of other text",

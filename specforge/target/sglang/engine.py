@@ -244,6 +244,7 @@ class SglangEngine:
         fix = "report the model and SGLang's version; --engine hf works meanwhile"
         if not torch.isfinite(states).all():
             raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype bfloat16")
+        teacher.check_logits(emitted_V, self.info)
         best = int(self._hook.top1[-1])
         # The two come from products of other numbers of rows: in 16 bits the two best logits may change places.
         step = float(emitted_V.max().abs()) * torch.finfo(self.dtype).eps
