@@ -235,7 +235,9 @@ def tried(kind: str, seed: int, case: Path) -> str:
                 step()
             except (SpecforgeError, OSError) as error:
                 fault = fault or ("" if source.changes else f"refused what is whole: {error}")
-            except Exception:
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 fault = traceback.format_exc()
                 break
     faulthandler.cancel_dump_traceback_later()

@@ -40,7 +40,9 @@ class ChatTokenizer:
     def __init__(self, model_path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        except Exception as error:  # many kinds; the tokenizers library raises Exception itself
+        except BaseException as error:  # of many kinds; a panic in Rust, as of the tokenizers library, is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ConfigError(
                 f"the target's tokenizer cannot be loaded: {first_line(error)}",
                 where=f"--model-path {model_path}",
@@ -173,7 +175,10 @@ class ChatTokenizer:
 
     def special_ids(self) -> list[int]:
         """Special tokens and ends of turn: always in the draft vocabulary."""
-        return sorted({*self.tokenizer.all_special_ids, *self.stop_ids()})
+        named = {
+            token for token in self.tokenizer.all_special_ids if token is not None
+        }  # one may not be in the vocabulary
+        return sorted(named | set(self.stop_ids()))
 
     def example(self, conversation: Conversation, sample_id: int, max_length: int) -> Example | str:
         """One conversation, cut at `max_length`; see `examples`."""
