@@ -212,7 +212,9 @@ def watched(case: Path) -> Iterator[list[str]]:
         found, _written = _written, None
         free = [str(case / "out"), os.environ["XDG_CACHE_HOME"], "/dev/", "/proc/", tempfile.gettempdir() + "/pymp-"]
         absolute = (os.path.abspath(path) for path in found if path)
-        outside.extend(sorted({path for path in absolute if not path.startswith(tuple(free))}))
+        outside.extend(
+            sorted({one for one in absolute if not one.startswith(tuple(free)) and "__pycache__" not in one})
+        )
 
 
 _hooked: list[bool] = []
