@@ -14,7 +14,7 @@ from pydantic import ByteSize
 
 from specforge import __version__, config
 from specforge.console import console, is_main_rank, show_error
-from specforge.errors import SpecforgeError, first_line, is_out_of_memory, mending
+from specforge.errors import SpecforgeError, first_line, is_out_of_memory, remedy
 
 app = typer.Typer(
     help="Train EAGLE-3 draft models on the hidden states of the engine that will serve them.",
@@ -94,7 +94,7 @@ def execute(
         return _fail(str(error), 2, debug)
     except OSError as error:
         place = error.filename or "see --debug"
-        fix = mending(error) or "check the path, its permissions and the disk; nothing that was finished is lost"
+        fix = remedy(error) or "check the path, its permissions and the disk; finished work is kept"
         return _fail(f"{error.strerror or error}\n  where: {place}\n  fix:   {fix}", 2, debug)
     except KeyboardInterrupt:
         return _fail("stopped by hand; regenerate, prepare-hidden and train go on where they were", 130, debug=False)
@@ -108,7 +108,7 @@ def execute(
                 return launch.lost_others(error)
         if is_out_of_memory(error):
             what = f"there is not enough memory: {first_line(error)}"
-            return _fail(str(SpecforgeError(what, where=command, fix=mending(error))), 2, debug)
+            return _fail(str(SpecforgeError(what, where=command, fix=remedy(error))), 2, debug)
         return _fail(f"{type(error).__name__}: {error}\n  this is a fault of specforge: see --debug", 1, debug)
 
 

@@ -52,8 +52,8 @@ class CheckpointError(SpecforgeError):
     """A draft folder or checkpoint that cannot be used."""
 
 
-def mending(error: BaseException) -> str:
-    """What helps where a machine has run out of something, else ""."""
+def remedy(error: BaseException) -> str:
+    """Return what helps if the machine ran out of open files or memory, else ""."""
     files = isinstance(error, OSError) and error.errno in LACKS_FILES
     if files or os.strerror(errno.EMFILE) in str(error):
         return "let a process open more files: ulimit -n 4096"

@@ -105,6 +105,17 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def write_token_rows(folder: Path, train: int, test: int) -> None:
+    """Writes train.jsonl and test.jsonl with that many rows of 40 tokens, 32 of them supervised."""
+    folder.mkdir()
+    for split, count in (("train", train), ("test", test)):
+        rows = [
+            {"id": str(n), "input_ids": [3 + (7 * n + at) % 200 for at in range(40)], "loss_mask": [0] * 8 + [1] * 32}
+            for n in range(count)
+        ]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+
+
 def tokenizer(*more_special: str, **settings: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE with ChatML's special tokens and `more_special`; `settings` as eos_token, chat_template."""
     bpe = Tokenizer(models.BPE())

@@ -75,7 +75,7 @@ def regular_spans(
 def turn_by_turn(
     template: Template, conversation: Conversation, messages: list[dict[str, Any]], text: str
 ) -> tuple[str, list[Span]] | str:
-    """The same for any template: every turn is found by itself, by two renders."""
+    """Find each turn separately, with two renders. This works for any template."""
     turns = sum(message.role == "assistant" for message in conversation.messages)
     if 2 * turns * len(messages) > MOST_RENDERED:
         return f"more turns than can be found one by one ({MOST_RENDERED:,} messages would be rendered)"

@@ -54,7 +54,7 @@ class StoreWriter:
             manifest.write(folder)
         self.manifest = found or manifest
         if writer == 0:
-            _mend(folder, self.manifest.hidden_size)
+            _drop_damaged(folder, self.manifest.hidden_size)
         lines = read_index(folder)
         if writer == 0:
             _clear(folder, {line["file"] for line in lines})
@@ -155,7 +155,7 @@ def fitting(batch_bytes: Sequence[int], room: int, writers: int, shard_bytes: in
     return int(np.searchsorted(np.cumsum(batch_bytes, dtype=np.int64), room, side="right"))
 
 
-def _mend(folder: Path, hidden_size: int) -> None:
+def _drop_damaged(folder: Path, hidden_size: int) -> None:
     """Damaged shards are given up, so that their records are captured again."""
     damaged = set()
     for line in read_index(folder):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specforge import hardware
 from specforge.config import EngineSettings, RegenerateSettings
-from specforge.errors import ConfigError, EngineError, SpecforgeError, first_line, is_out_of_memory, mending
+from specforge.errors import ConfigError, EngineError, SpecforgeError, first_line, is_out_of_memory, remedy
 from specforge.records import DraftJudge, Ranks, TargetEngine, TargetInfo
 from specforge.target.weights import check_aux_layers, default_aux_layers
 
@@ -117,7 +117,7 @@ def _mended(error: Exception) -> str:
         return "raise --mem-frac or --tp-size, or lower --tokens-per-batch"
     if is_out_of_memory(error):
         return "lower --mem-frac, or raise --tp-size"
-    return mending(error) or "see specforge.log in the output folder (--debug shows the traceback)"
+    return remedy(error) or "see specforge.log in the output folder (--debug shows the traceback)"
 
 
 def judge(engine: TargetEngine, config: dict[str, Any], tensors: dict[str, Tensor]) -> DraftJudge | str:

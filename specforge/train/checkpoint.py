@@ -122,7 +122,7 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> tuple[Path, RunState,
         raise CheckpointError(
             "every checkpoint is damaged",
             where=str(folder),
-            fix="--no-resume starts anew and removes them; look after the disk",
+            fix="check the disk; --no-resume removes the checkpoints and restarts the training",
         )
     return None
 
@@ -148,5 +148,5 @@ def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -
             raise CheckpointError(
                 f"the run in the output folder has another {name}: {found.get(name)}, now {value}",
                 where=f"{path}/{STATE}, '{name}'",
-                fix="choose another --output, or --no-resume to start anew there",
+                fix="choose another --output, or restart there with --no-resume",
             )

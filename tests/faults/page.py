@@ -17,7 +17,7 @@ PLACES = ("tests/faults", "tests/unit", "tests/e2e")
 HEAD = """# Faults, and what you see of them
 
 Written by `make faults` from the tests that hold each row; do not edit it. "Refused" is one message that says what was
-expected, what was found and how to mend it, exit code 2, and nothing half-written.
+expected, what was found and how to fix it, with exit code 2 and no partial output.
 
 | what goes wrong | what you see | test |
 |---|---|---|

@@ -25,13 +25,7 @@ def work(tmp_path_factory) -> Path:
     """Target, features, and a run of two epochs that could go on to a third."""
     folder = tmp_path_factory.mktemp("work")
     tiny.make_target(folder / "target")
-    (folder / "data").mkdir()
-    for split, count in (("train", 60), ("test", 8)):
-        rows = [
-            {"id": str(n), "input_ids": [3 + (7 * n + at) % 200 for at in range(40)], "loss_mask": [0] * 8 + [1] * 32}
-            for n in range(count)
-        ]
-        tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows)
+    tiny.write_token_rows(folder / "data", train=60, test=8)
     given = ["--model-path", "target", "--data", "data", "--output", "feat", "--engine", "hf"]
     run(command("prepare-hidden", *given), folder)
     run(train("run", "--epochs", 2), folder)
@@ -118,7 +112,7 @@ def test_where_all_are_damaged_nothing_is_removed(copied):
         flip(path / "optimizer.safetensors", 0.5)
     said = run(train("run", "--epochs", 2), copied, code=2)
     assert "every checkpoint is damaged" in said
-    assert "--no-resume starts anew" in said
+    assert "--no-resume removes the checkpoints" in said
     assert (copied / "run/checkpoints/step-0000030/optimizer.safetensors").exists()
     assert "is damaged" not in run(train("run", "--epochs", 1, "--no-resume"), copied)
 

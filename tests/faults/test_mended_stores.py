@@ -20,13 +20,7 @@ def work(tmp_path_factory) -> Path:
     """A target, data, and a store of several shards."""
     folder = tmp_path_factory.mktemp("work")
     tiny.make_target(folder / "target")
-    (folder / "data").mkdir()
-    for split, count in (("train", 600), ("test", 4)):
-        rows = [
-            {"id": str(n), "input_ids": [3 + (7 * n + at) % 200 for at in range(40)], "loss_mask": [0] * 8 + [1] * 32}
-            for n in range(count)
-        ]
-        tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows)
+    tiny.write_token_rows(folder / "data", train=600, test=4)
     run(capture("feat"), folder)
     assert len(list((folder / "feat" / "train").glob("shard-*"))) > 5
     return folder

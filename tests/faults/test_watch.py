@@ -33,13 +33,7 @@ def work(tmp_path_factory) -> Path:
     """A target, data with 60 conversations to train on, and their features."""
     folder = tmp_path_factory.mktemp("work")
     tiny.make_target(folder / "target")
-    (folder / "data").mkdir()
-    for split, count in (("train", 60), ("test", 8)):
-        rows = [
-            {"id": str(n), "input_ids": [3 + (7 * n + at) % 200 for at in range(40)], "loss_mask": [0] * 8 + [1] * 32}
-            for n in range(count)
-        ]
-        tiny.write_jsonl(folder / "data" / f"{split}.jsonl", rows)
+    tiny.write_token_rows(folder / "data", train=60, test=8)
     tiny.write_jsonl(folder / "prompts.jsonl", tiny.conversations(8))
     given = ["prepare-hidden", "--model-path", "target", "--data", "data", "--output", "feat", "--engine", "hf"]
     with started(["-m", "specforge.cli", *given], folder) as process:
