@@ -53,19 +53,29 @@ class Message:
 
     role: str
     content: str
-    reasoning: str | None = None  # what the assistant thought first, where the row keeps it apart
-    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"type": "function", "function": {"name", "arguments": {...}}}
+    reasoning: str | None = None  # what the assistant thought first, if the row keeps it apart
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # {"type": "function", "function": {"name", "arguments"}}
     tool_call_id: str | None = None  # of the call that a tool turn answers
     name: str | None = None
+    trained: bool = True  # False: the row marks the turn as context
+    more: Mapping[str, Any] = field(default_factory=dict)  # keys of the turn that only its template knows
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates take it, and as prepared files hold it; what is absent is left out."""
-        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        """As chat templates take it; what is absent is left out."""
+        found: dict[str, Any] = {"role": self.role, "content": self.content, **self.more}
         if self.reasoning is not None:
             found["reasoning_content"] = self.reasoning
         if self.tool_calls:
             found["tool_calls"] = list(self.tool_calls)
         return found | {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """A row of tokens that belongs to a conversation: what the target was fed and what it wrote."""
+
+    token_ids: Sequence[int]  # [T]
+    loss_mask: Sequence[int]  # [T] 1 on what it wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +85,11 @@ class Conversation:
     id: str
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of the tools that the assistant may call
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's chat_template_kwargs
+    rows: tuple[Exact, ...] = ()  # the same as tokens, if the target itself wrote the answers
+    tokenizer_hash: str = ""  # of the tokenizer of `rows`
     source: str = ""  # the data set that it came from
-    domain: str = ""  # what it is about, where the row says so
+    domain: str = ""  # what it is about, if the row says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

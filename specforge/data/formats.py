@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from specforge.data.lines import lines
+from specforge.data.lines import dumped, lines, parsed
 from specforge.errors import DataError
-from specforge.records import Conversation, Message
+from specforge.records import Conversation, Exact, Message
 
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
@@ -22,10 +23,19 @@ ROLES = {
     "gpt": "assistant",
     **dict.fromkeys(("chatgpt", "bing", "bard", "model"), "assistant"),
     "developer": "system",
-    **dict.fromkeys(("function", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("function", "observation", "function_response", "environment"), "tool"),
 }
 TURN_LISTS = ("conversations", "messages")
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a turn; the first that holds anything counts
+THOUGHT_COLUMNS = (*THOUGHT_KEYS, "thought", "thoughts", "cot", "chain_of_thought", "rationale")  # beside an answer
+TRAINING_MARKS = ("weight", "loss", "trainable", "train", "loss_weight")  # 0 or false: the turn is context
+KNOWN_KEYS = (*THOUGHT_KEYS, *TRAINING_MARKS, "tool_calls", "function_call", "tool_call_id", "name", "from", "value")
+KNOWN_KEYS += ("role", "content", "reasoning_details", "refusal", "audio", "annotations")
+TAKEN_KWARGS = ("messages", "tools", "conversation", "chat_template", "tokenize", "add_generation_prompt", "documents")
+TAKEN_KWARGS += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
+TAKEN_KWARGS += ("continue_final_message", "tokenizer_kwargs", "strftime_now")
+OTHER_PARTS = "parts other than text (images and the like are not supported)"
 NAMED_LINES = 5  # of each reason, the report names the first few
 DEEPEST = 100  # levels of a call's arguments, or of tools
 DOMAIN_LETTERS = 64  # a domain is a name; of a longer text its beginning
@@ -98,11 +108,12 @@ def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator
         try:
             if line is None:
                 raise ValueError("longer than 16 MiB")
-            row = orjson.loads(line)
+            row = parsed(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a JSON {type(row).__name__}, not an object")
         except ValueError as error:  # cut lines, invalid UTF-8, half surrogate pairs
-            reason = str(error) if not isinstance(error, orjson.JSONDecodeError) else "not JSON in UTF-8"
+            decoding = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+            reason = "not JSON in UTF-8" if decoding else str(error)
             report.drop_bad(f"broken line: {reason}", f"{path.name}:{number}")
             continue
         yield number, row
@@ -111,7 +122,7 @@ def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator
         raise DataError(
             f"{bad:,} of {rows:,} rows are broken or in no known format, more than {max_bad:.2g} of them",
             where=f"{path}, first at {', '.join(report.bad_where)}; {dict(report.dropped)}",
-            fix="mend or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
+            fix="correct or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
             "more with --max-bad-rows",
         )
 
@@ -134,31 +145,50 @@ def parse(
         if not isinstance(text, str):
             return "no 'text'"
         return "text", Text(id=own_id, text=text, source=source, domain=domain)
+    turns = _turns(row)
+    if isinstance(turns, str):
+        return turns
+    messages = _messages(turns.turns)
+    if isinstance(messages, str):
+        return messages
+    messages = _marked(messages, row.get("loss_mask"))
+    if isinstance(messages, str):
+        return messages
+    tools, kwargs, exact = _tools(row.get("tools")), _kwargs(row.get("chat_template_kwargs")), _exact(row)
+    for wrong in (tools, kwargs, exact):
+        if isinstance(wrong, str):
+            return wrong
+    style = "from/value" if isinstance(turns.turns[0], dict) and "from" in turns.turns[0] else "role/content"
+    return f"{turns.name} ({style})", Conversation(
+        id=own_id,
+        messages=tuple(messages),
+        tools=tools,  # type: ignore[arg-type]  # strings were returned above
+        kwargs=kwargs,  # type: ignore[arg-type]
+        rows=exact,  # type: ignore[arg-type]
+        tokenizer_hash=str(row.get("tokenizer_hash") or "") if exact else "",
+        source=source,
+        domain=domain,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    name: str  # of the columns that they came from
+    turns: list[Any]
+
+
+def _turns(row: Mapping[str, Any]) -> _Turns | str:
     lists = [name for name in TURN_LISTS if row.get(name) is not None]
     if len(lists) > 1:
         return f"both '{lists[0]}' and '{lists[1]}'"
     if lists:
-        name, turns = lists[0], row[lists[0]]
-        if not isinstance(turns, list) or not turns:
-            return f"'{name}' is no list of turns"
-    else:
-        pairs = [pair for pair in PAIRS if all(row.get(key) is not None for key in pair)]
-        if len(pairs) != 1:
-            return _unknown(row)
-        name, turns = "/".join(pairs[0]), _pair(row, *pairs[0])
-    messages = list[Message]()
-    for turn in turns:
-        message = _message(turn)
-        if isinstance(message, str):
-            return message
-        messages.append(message)
-    tools = _tools(row.get("tools"))
-    if isinstance(tools, str):
-        return tools
-    style = "from/value" if isinstance(turns[0], dict) and "from" in turns[0] else "role/content"
-    return f"{name} ({style})", Conversation(
-        id=own_id, messages=tuple(messages), tools=tools, source=source, domain=domain
-    )
+        turns = row[lists[0]]
+        return _Turns(lists[0], turns) if isinstance(turns, list) and turns else f"'{lists[0]}' is no list of turns"
+    pairs = [pair for pair in PAIRS if all(row.get(key) is not None for key in pair)]
+    if len(pairs) != 1:
+        return _unknown(row)
+    found = _pair(row, *pairs[0])
+    return found if isinstance(found, str) else _Turns("/".join(pairs[0]), found)
 
 
 def to_conversation(row: Mapping[str, Any], default_id: str, needed: str = "assistant") -> Conversation | str:
@@ -182,8 +212,19 @@ def to_row(entry: Entry) -> dict[str, Any]:
         return shared | {"input_ids": entry.token_ids, "loss_mask": entry.loss_mask.astype(np.uint8)}
     if isinstance(entry, Text):
         return shared | {"text": entry.text}
-    tools = {"tools": list(entry.tools)} if entry.tools else {}
-    return shared | {"conversations": [message.as_dict() for message in entry.messages]} | tools
+    named: dict[str, Any] = {"conversations": [_as_turn(message) for message in entry.messages]}
+    if entry.tools:
+        named["tools"] = list(entry.tools)
+    if entry.kwargs:
+        named["chat_template_kwargs"] = dict(entry.kwargs)
+    if entry.rows:
+        rows = [{"input_ids": list(row.token_ids), "loss_mask": list(row.loss_mask)} for row in entry.rows]
+        named |= {"rows": rows, "tokenizer_hash": entry.tokenizer_hash}
+    return shared | named
+
+
+def _as_turn(message: Message) -> dict[str, Any]:
+    return message.as_dict() | ({} if message.trained else {"train": False})
 
 
 def labels(entry: Entry) -> dict[str, Any]:
@@ -193,7 +234,7 @@ def labels(entry: Entry) -> dict[str, Any]:
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    return dumped(row) + b"\n"
 
 
 def read_conversations(path: Path, report: ReadReport, needed: str = "assistant") -> list[Conversation]:
@@ -220,47 +261,137 @@ def _unknown(row: Mapping[str, Any]) -> str:
     return "no known format: columns " + ", ".join(sorted(map(str, row))[:6])
 
 
-def _pair(row: Mapping[str, Any], asked: str, answered: str) -> list[Any]:
-    """The turns of a row of two columns; either may be text, or a list of turns itself."""
+def _pair(row: Mapping[str, Any], asked: str, answered: str) -> list[Any] | str:
+    """The turns of a row of two columns; either may be text, or a list of turns itself. Alpaca's `history` holds earlier
+    exchanges; a column of thoughts belongs to the answer."""
     question, answer = row[asked], row[answered]
     if isinstance(question, str) and isinstance(row.get("input"), str) and row["input"] and asked == "instruction":
         question = f"{question}\n\n{row['input']}"
     first = question if isinstance(question, list) else [{"role": "user", "content": question}]
     system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
-    return [*system, *first, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+    earlier = _history(row.get("history"))
+    if earlier is None:
+        return "a history that is no list of exchanges"
+    if isinstance(answer, list):
+        return [*system, *earlier, *first, *answer]
+    thought = {key: row[key] for key in THOUGHT_COLUMNS if isinstance(row.get(key), str) and row[key].strip()}
+    last = {"role": "assistant", "content": answer}
+    if thought:
+        last["reasoning_content"] = next(iter(thought.values()))
+    return [*system, *earlier, *first, last]
+
+
+def _history(history: Any) -> list[Any] | None:
+    """The turns of [[question, answer], ...], or of a list of turns; None for anything else."""
+    if not history:
+        return []
+    if not isinstance(history, list):
+        return None
+    if all(isinstance(turn, dict) for turn in history):
+        return history
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in history):
+        return None
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
+
+
+def _messages(turns: list[Any]) -> list[Message] | str:
+    """The turns, with the calls of the older API (`function_call`, answered by a turn of the role function) as calls of
+    the newer one."""
+    messages = list[Message]()
+    called = 0
+    for turn in turns:
+        if isinstance(turn, dict) and isinstance(turn.get("function_call"), dict) and not turn.get("tool_calls"):
+            own_id = f"call{called:05d}"  # nine letters and digits: some templates want no other
+            call = {"id": own_id, "type": "function", "function": turn["function_call"]}
+            turn = {key: value for key, value in turn.items() if key != "function_call"} | {"tool_calls": [call]}
+            called += 1
+        elif called and isinstance(turn, dict) and turn.get("role") == "function" and not turn.get("tool_call_id"):
+            turn = turn | {"tool_call_id": f"call{called - 1:05d}"}
+        message = _message(turn)
+        if isinstance(message, str):
+            return message
+        messages.append(message)
+    return messages
+
+
+def _marked(messages: list[Message], mask: Any) -> list[Message] | str:
+    """Turns that a list beside them marks as context are not trained on."""
+    if mask is None:
+        return messages
+    if not isinstance(mask, list) or len(mask) != len(messages) or not all(flag in (0, 1) for flag in mask):
+        return "a loss_mask that has not one 0 or 1 for each turn"
+    return [message if flag else replace(message, trained=False) for message, flag in zip(messages, mask, strict=True)]
 
 
 def _message(turn: Any) -> Message | str:
     if not isinstance(turn, dict):
         return "a turn that is no object"
-    role, content = (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+    named = ("from", "value") if "from" in turn else ("role", "content")
+    role, content = (turn.get(name) for name in named)
     if not isinstance(role, str) or role.lower() not in ROLES:
         return f"a turn of unknown role {role!r}"[:60]
+    role = ROLES[role.lower()]
     calls = turn.get("tool_calls") or ()
     found = _calls(calls) if isinstance(calls, list | tuple) else None
     if found is None:
         return "tool calls without a function's name and arguments"
+    thoughts = [turn[key] for key in THOUGHT_KEYS if turn.get(key)]
+    if not all(isinstance(thought, str) for thought in thoughts):
+        return "thoughts that are no text"
     if isinstance(content, list):  # the parts that newer APIs write
-        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type", "text") == "text"]
-        texts = [text for text in parts if isinstance(text, str)]
-        if len(texts) != len(content):
-            return "a turn that is not only text"
-        content = "".join(texts)
-    if content is None and found:
+        parts = _parts(content, role)
+        if isinstance(parts, str):
+            return parts
+        content, thought = parts
+        thoughts += [thought] if thought else []
+    more = {key: value for key, value in turn.items() if key not in (*KNOWN_KEYS, *named) and value is not None}
+    if content is None and (found or isinstance(more.get("function_calls"), str)):
         content = ""
     if not isinstance(content, str):
         return "a turn without text"
-    reasoning = turn.get("reasoning_content", turn.get("reasoning", turn.get("thinking")))
-    if not isinstance(reasoning, str | None):
-        return "thoughts that are no text"
+    if _too_deep(more):
+        return "a turn that is nested too deeply"
     return Message(
-        role=ROLES[role.lower()],
+        role=role,
         content=content,
-        reasoning=reasoning or None,
+        reasoning=thoughts[0] if thoughts else None,
         tool_calls=found,
         tool_call_id=_optional(turn.get("tool_call_id")),
         name=_optional(turn.get("name")),
+        trained=not any(_is_no(turn[key]) for key in TRAINING_MARKS if key in turn),
+        more=more,
     )
+
+
+def _parts(content: list[Any], role: str) -> tuple[str, str] | str:
+    """(text, thought) of parts, texts joined as servers do."""
+    texts, thoughts = list[str](), list[str]()
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("thinking", "reasoning") and isinstance(text := _thinking(part, kind), str):
+            thoughts.append(text)
+        elif isinstance(kind, str) and kind not in ("text", "thinking"):
+            return OTHER_PARTS
+        else:
+            return "a turn that is not only text"
+    return ("" if role == "assistant" else " ").join(texts), "".join(thoughts)
+
+
+def _thinking(part: Mapping[str, Any], kind: str) -> str | None:
+    """A thought as text, or as a list of parts of text."""
+    inside = part.get(kind, part.get("text"))
+    if isinstance(inside, list):
+        texts = [inner.get("text") if isinstance(inner, dict) else inner for inner in inside]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return inside if isinstance(inside, str) else None
+
+
+def _is_no(mark: Any) -> bool:
+    """0, false or "no" as a mark at a turn; anything else is no mark."""
+    return mark is False or (isinstance(mark, int | float) and mark == 0) or mark in ("false", "False", "no", "0")
 
 
 def _domain(value: Any) -> str:
@@ -272,22 +403,61 @@ def _optional(value: Any) -> str | None:
 
 
 def _calls(calls: list[Any] | tuple[Any, ...]) -> tuple[Mapping[str, Any], ...] | None:
-    """Tool calls with their arguments as an object (many data sets hold them as a string of JSON), or None."""
+    """Tool calls with their arguments as they were given, an object or a string of JSON; or None."""
     found = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return None
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = orjson.loads(arguments)
-            except ValueError:
-                return None
-        if not isinstance(arguments, dict) or _too_deep(arguments):
+        if arguments is None or arguments == "":
+            arguments = {}
+        if not isinstance(arguments_of(arguments), dict) or _too_deep(arguments_of(arguments)):
             return None
         own_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append(own_id | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return tuple(found)
+
+
+def arguments_of(arguments: Any) -> Any:
+    """Arguments as an object; None if they are text and no JSON."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _kwargs(kwargs: Any) -> dict[str, Any] | str:
+    """Arguments for the template, as servers take them."""
+    if isinstance(kwargs, str) and kwargs.strip():
+        try:
+            kwargs = orjson.loads(kwargs)
+        except ValueError:
+            return "chat_template_kwargs that are not JSON"
+    if not kwargs:
+        return {}
+    if not isinstance(kwargs, dict) or _too_deep(kwargs):
+        return "chat_template_kwargs that are no object"
+    if taken := sorted(set(kwargs) & set(TAKEN_KWARGS)):
+        return f"chat_template_kwargs that name {taken[0]}"
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _exact(row: Mapping[str, Any]) -> tuple[Exact, ...] | str:
+    """The rows of tokens that `regenerate` keeps beside the text."""
+    rows = row.get("rows")
+    if not rows or not row.get("tokenizer_hash"):
+        return ()
+    if not isinstance(rows, list):
+        return "rows that are no list of tokens"
+    found = list[Exact]()
+    for one in rows:
+        checked = _tokens(one) if isinstance(one, dict) and "input_ids" in one else "rows without input_ids"
+        if isinstance(checked, str):
+            return checked
+        found.append(Exact(token_ids=one["input_ids"], loss_mask=[int(flag) for flag in one["loss_mask"]]))
     return tuple(found)
 
 

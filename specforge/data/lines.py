@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ijson
 import orjson
@@ -23,6 +24,7 @@ from specforge.errors import DataError, first_line
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")  # the best first
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "a ZIP archive"}
+LONG_NUMBER = re.compile(rb"\d{19}")
 BOM = b"\xef\xbb\xbf"
 MAX_VALUE = 16 * 2**20  # bytes; a longer value is never held in memory
 CHUNK = 2**20  # bytes read at once
@@ -81,6 +83,27 @@ def _unchanged(path: Path) -> Iterator[None]:
         raise _changed(path)
 
 
+def parsed(line: bytes) -> Any:
+    """A JSON value. orjson makes another number of an integer over 64 bits."""
+    return json.loads(line) if LONG_NUMBER.search(line) else orjson.loads(line)
+
+
+def dumped(value: Any) -> bytes:
+    """The value as one line of JSON; decimals and the like, which hold no conversation, as text."""
+    try:
+        return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # an integer over 64 bits
+        return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs of a column have the same keys: those that a row does not have are null. None means what its absence
+    means."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
         found = path.stat()
@@ -108,7 +131,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes | None]]:
         for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                value = orjson.dumps(row, default=str)  # str: decimals and the like, which hold no conversation
+                value = dumped(_without_nulls(row))
                 yield number, value if len(value) <= MAX_VALUE else None
 
 
@@ -187,4 +210,4 @@ def _array(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     bounded = _Bounded(path, file)
     for number, element in enumerate(ijson.items(bounded, "item", use_float=True), start=1):
         bounded.element, bounded.since = number + 1, 0
-        yield number, orjson.dumps(element)
+        yield number, dumped(element)

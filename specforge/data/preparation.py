@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from specforge.config import PrepareDataSettings
 from specforge.data import split, vocab
-from specforge.data.formats import Entry, ReadReport, as_line, labels, lacking, parse, read_rows, to_row
+from specforge.data.formats import OTHER_PARTS, Entry, ReadReport, as_line, labels, lacking, parse, read_rows, to_row
+from specforge.data.lines import parsed
 from specforge.data.sources import Source
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import DataError
@@ -91,7 +91,7 @@ def usable(
     """The entry of a row; None, and counted with its place, where it is none that anything could be learned from."""
     found = parse(row, f"{source}-{report.rows}", settings.is_preformatted, source)
     if isinstance(found, str):
-        report.drop_bad(found, place)
+        (report.drop if found == OTHER_PARTS else report.drop_bad)(found, place)
         return None
     form, entry = found
     if isinstance(entry, Conversation):
@@ -126,7 +126,7 @@ def sides(
 
 
 def shingles_of(row: bytes, settings: PrepareDataSettings) -> NDArray[np.uint64]:
-    found = parse(orjson.loads(row), "", settings.is_preformatted)
+    found = parse(parsed(row), "", settings.is_preformatted)
     assert not isinstance(found, str), found  # it was parsed before it was spooled
     return split.shingles(found[1])
 
@@ -150,7 +150,10 @@ class Part:
     conversations: int = 0
     tokens: int = 0
     supervised: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)  # bucket -> conversations
+    prepared: int = 0  # rows of tokens; a conversation becomes several if the template rewrites earlier turns
+    more: Counter[str] = field(default_factory=Counter)  # of them, those behind a conversation's first, by reason
+    left_out: Counter[str] = field(default_factory=Counter)  # turns that are not supervised, by reason
+    lengths: Counter[int] = field(default_factory=Counter)  # bucket -> rows
     counts_V: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # source -> supervised tokens
 
     def add(self, other: Part) -> None:
@@ -158,6 +161,9 @@ class Part:
         self.conversations += other.conversations
         self.tokens += other.tokens
         self.supervised += other.supervised
+        self.prepared += other.prepared
+        self.more += other.more
+        self.left_out += other.left_out
         self.lengths += other.lengths
         for source, counts_V in other.counts_V.items():
             self.counts_V[source] = self.counts_V.get(source, 0) + counts_V
@@ -171,31 +177,36 @@ class Converter:
     index: split.HeldOutIndex
     tokenizer: ChatTokenizer | None
 
-    def __call__(self, side: str, rows: Sequence[bytes]) -> Part:
-        part, entries = Part(rows=len(rows)), list[Entry]()
-        for row in rows:
-            found = parse(orjson.loads(row), "", self.settings.is_preformatted)
+    def __call__(self, side: str, spooled: Sequence[bytes]) -> Part:
+        part, entries = Part(rows=len(spooled)), list[Entry]()
+        for row in spooled:
+            found = parse(parsed(row), "", self.settings.is_preformatted)
             assert not isinstance(found, str), found  # it was parsed before it was spooled
             if side == "train" and self.index.leaks(split.shingles(found[1])):
                 part.report.drop("near-duplicate of a held-out conversation", found[1].id)
             else:
                 entries.append(found[1])
         if self.tokenizer is None:
-            part.lines, part.conversations = b"".join(as_line(to_row(entry)) for entry in entries), len(entries)
+            part.lines = b"".join(as_line(to_row(entry)) for entry in entries)
+            part.conversations = part.prepared = len(entries)
             return part
-        written, vocab_size = [], len(self.tokenizer.tokenizer)
+        written, vocab_size = [], self.tokenizer.size
         masked_by_source: dict[str, list[tuple[NDArray[np.int32], NDArray[np.bool_]]]] = {}
-        for entry, masked in zip(entries, self.tokenizer.examples(entries, self.settings), strict=True):
-            if isinstance(masked, str):
-                part.report.drop(masked, entry.id)
+        for entry, rows in zip(entries, self.tokenizer.examples(entries, self.settings), strict=True):
+            if isinstance(rows, str):
+                part.report.drop(rows, entry.id)
                 continue
-            ids_T, mask_T = masked
-            written.append(as_line(labels(entry) | {"input_ids": ids_T, "loss_mask": mask_T.astype(np.uint8)}))
-            part.tokens += len(ids_T)
-            part.supervised += int(mask_T.sum())
-            part.lengths[next((b for b in LENGTH_BUCKETS if len(ids_T) <= b), 1 << 30)] += 1
-            masked_by_source.setdefault(entry.source, []).append(masked)
-        part.lines, part.conversations = b"".join(written), len(written)
+            part.conversations += 1
+            part.more += rows.more
+            part.left_out += rows.left_out
+            for number, (ids_T, mask_T) in enumerate(rows.masked):
+                own = labels(entry) | ({"id": f"{entry.id}#{number + 1}"} if number else {})
+                written.append(as_line(own | {"input_ids": ids_T, "loss_mask": mask_T.astype(np.uint8)}))
+                part.tokens += len(ids_T)
+                part.supervised += int(mask_T.sum())
+                part.lengths[next((b for b in LENGTH_BUCKETS if len(ids_T) <= b), 1 << 30)] += 1
+            masked_by_source.setdefault(entry.source, []).extend(rows.masked)
+        part.lines, part.prepared = b"".join(written), len(written)
         part.counts_V = {name: vocab.count_supervised(found, vocab_size) for name, found in masked_by_source.items()}
         return part
 

@@ -33,12 +33,14 @@ def load_examples(
                 report.drop(found, f"{path.name}:{number}")
             else:
                 entries.append(found[1])
-        for entry, masked in zip(entries, tokenizer.examples(entries, settings), strict=True):
-            if isinstance(masked, str):
-                report.drop(masked, entry.id)
-            elif limit is None or len(examples) < limit:
+        for entry, rows_or_reason in zip(entries, tokenizer.examples(entries, settings), strict=True):
+            if isinstance(rows_or_reason, str):
+                report.drop(rows_or_reason, entry.id)
+                continue
+            for ids_T, mask_T in rows_or_reason.masked:
                 domain, place = entry.domain or entry.source, len(examples)
-                examples.append(Example(sample_id=place, token_ids=masked[0], loss_mask=masked[1], domain=domain))
+                examples.append(Example(sample_id=place, token_ids=ids_T, loss_mask=mask_T, domain=domain))
+        del examples[limit:]
         if limit is not None and len(examples) == limit:
             break
     if not examples:

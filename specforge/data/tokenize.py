@@ -1,103 +1,129 @@
-"""The target's own chat template, one tokenization, and the loss mask by character offsets."""
+"""Conversations to the rows that a draft learns from: the tokens that serving feeds, and those that the target writes.
+
+Prompt and completion of each turn (`serving_view`) are tokenized apart, as in serving. Turn n goes on in the row of
+turn n-1 if that row's tokens are the beginning of its prompt; otherwise a new row begins."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Sequence
-from operator import itemgetter
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
-from tokenizers import Encoding
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils.chat_template_utils import render_jinja_template
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from specforge.alignment import prediction_depth
 from specforge.config import DataSettings
 from specforge.console import say
 from specforge.data.formats import Entry, Text, Tokens
 from specforge.data.limits import CHARACTERS, TemplateLimitError, limited
-from specforge.data.spans import Span, Template, assistant_spans, end_of_turn, generation_spans
+from specforge.data.serving_view import MARK, RENDERING, SWITCHES, Template, Turn, View, refusal, serving_view
 from specforge.errors import ConfigError, first_line
-from specforge.records import Conversation, Example, Message
+from specforge.records import Conversation
 
 TEMPLATES = Path(__file__).parent / "templates"
 SYNONYMS = {"qwen": "chatml", "qwen2": "chatml", "smollm2": "chatml", "llama-3": "llama3", "phi-3": "phi3"}
-PROBE = Conversation(id="", messages=(Message(role="user", content="a"), Message(role="assistant", content="b")))
-END = itemgetter(1)
-RENDERING = (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError)
-STATES_SPANS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ASKED = {"role": "user", "content": "\u2042asked\u2042"}
+ANSWERED = {"role": "assistant", "content": MARK}
+TOOL = {"type": "function", "function": {"name": "a", "description": "a", "parameters": {"type": "object"}}}
+DATE = datetime(2026, 1, 1, 12)  # what templates are told of the time: a restart next day goes on with the same rows
+
+CHANGED = "the template renders earlier turns otherwise once the next one is asked"
+FUSED = "the tokens of an earlier answer are others inside a prompt"
+LONGER = "longer than the maximum length"
+NO_WHOLE_TURN = "no whole turn within the maximum length"
+NOTHING = "the loss mask leaves nothing to predict within the maximum length"
+
+Masked = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token_ids [T], loss_mask [T]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What became of a conversation."""
+
+    masked: tuple[Masked, ...]
+    left_out: Counter[str] = field(default_factory=Counter)  # turns that are not supervised, by reason
+    more: Counter[str] = field(default_factory=Counter)  # rows behind the first, by reason
 
 
 class ChatTokenizer:
     """A target's tokenizer and chat template."""
 
     def __init__(self, model_path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        except BaseException as error:  # of many kinds; a panic in Rust, as of the tokenizers library, is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ConfigError(
-                f"the target's tokenizer cannot be loaded: {first_line(error)}",
-                where=f"--model-path {model_path}",
-                fix="give a model folder with tokenizer files, or the name of a model on the hub",
-            ) from error
-        if not self.tokenizer.is_fast:
-            raise ConfigError(
-                "the target has no fast tokenizer, so tokens have no character offsets",
-                where=f"--model-path {model_path}",
-                fix="add its tokenizer.json to the folder",
-            )
+        self._model_path = model_path
+        self.tokenizer: Any = _load(model_path, trust_remote_code)
+        self.backend: Tokenizer = self.tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
         own = self.tokenizer.chat_template
-        if isinstance(own, dict):  # several by name: this is the one that apply_chat_template takes
-            own = self.tokenizer.chat_template = own.get("default")
         if chat_template is not None:
             self.tokenizer.chat_template = _template_text(chat_template)
-        if not self.tokenizer.chat_template:
+        self._sources = _named(self.tokenizer.chat_template)
+        if not any(self._sources.values()):
             raise ConfigError(
                 "the target has no chat template",
                 where=f"--model-path {model_path}",
                 fix=f"give one with --chat-template: a Jinja file, or one of {', '.join(template_names())}",
             )
-        self._model_path = model_path
-        self._special = tuple(
-            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and t.content
-        )
-        self._probe()
-        self._template = Template(self.render, self._special)
-        self._template = Template(self.render, self._special, tuple(self._stop_texts()), self._prompt())
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values()) + 1  # ids may have holes
+        self._config = _config(model_path, trust_remote_code)
+        self._refuse_ids_without_rows(max(vocabulary, key=vocabulary.__getitem__))
+        self._added = {
+            index: token for index, token in self.backend.get_added_tokens_decoder().items() if token.content
+        }
+        self._templates = dict[str, Template]()
+        self._start()
         if chat_template is not None and own:
             self._compare(own, chat_template)
 
-    def _probe(self) -> None:
-        """Raises ConfigError where two short turns are too much for the template."""
-        try:
-            self.render([message.as_dict() for message in PROBE.messages])
-        except TemplateLimitError as error:
-            raise ConfigError(
-                f"the chat template cannot be used: {error}",
-                where="the target's tokenizer, or --chat-template",
-                fix="look at the template; it was made by whoever made the tokenizer",
-            ) from error
-        except RENDERING:
-            pass
+    def _start(self) -> None:
+        """Learn by rendering what the templates show of themselves. Raises ConfigError if two turns are too much."""
+        stops = set(self._stated_stops())
+        eos = self.tokenizer.eos_token or next(iter(sorted(stops)), "")
+        for name, source in self._sources.items():
+            found = Template(self._rendered, source, _switches(source), as_parts=self._wants_parts(source))
+            stops |= self._shown_stops(found, stops)
+            self._templates[name] = found
+        ordered = tuple(sorted(stops))
+        self._templates = {
+            name: replace(found, stops=ordered, eos=eos) for name, found in self._templates.items()
+        }
 
-    def _compare(self, own: str, chat_template: str) -> None:
-        """Say so where another template than the target's own gives another text."""
-        turns = [message.as_dict() for message in PROBE.messages]
+    def _template_for(self, tools: Sequence[Any]) -> Template:
+        """As transformers, and so a server, chooses among named templates."""
+        named = self._templates
+        return named["tool_use"] if tools and "tool_use" in named else named["default"]
+
+    def _refuse_ids_without_rows(self, text: str) -> None:
+        rows = (self._config.get("text_config") or self._config).get("vocab_size")
+        if isinstance(rows, int) and self.size > rows:
+            raise ConfigError(
+                f"the tokenizer's highest id is {self.size - 1:,} ({text!r}), and the model has {rows:,} rows in its "
+                "embedding",
+                where=f"--model-path {self._model_path}",
+                fix="use the tokenizer that belongs to the model, or resize the model's embedding",
+            )
+
+    def _compare(self, own: Any, chat_template: str) -> None:
+        """Note another template than the target's own if it gives another text."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            served = self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=own)
-            if served == self.render(turns):
+            source = _named(own).get("default", "")
+            if source and self._limited(source, turns, (), False, {}) == self.render(turns):
                 return
-        except RENDERING:
+        except (*RENDERING, ConfigError):
             pass
         say(
             f"note: --chat-template {chat_template} renders otherwise than the template that ships with the target; "
@@ -107,30 +133,95 @@ class ChatTokenizer:
     @property
     def fingerprint(self) -> str:
         """Of vocabulary and rules: a store made with another tokenizer is refused."""
-        return xxhash.xxh3_128_hexdigest(self.tokenizer.backend_tokenizer.to_str().encode())
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.backend.to_str().encode())
 
     @property
     def template_fingerprint(self) -> str:
-        return xxhash.xxh3_128_hexdigest(str(self.tokenizer.chat_template).encode())
+        sources = self._sources["default"] if list(self._sources) == ["default"] else repr(sorted(self._sources.items()))
+        return xxhash.xxh3_128_hexdigest(sources.encode())
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (), open_turn: bool = False) -> str:
+    @property
+    def reads_the_clock(self) -> bool:
+        """Whether the template writes a date: it is always DATE."""
+        return any("strftime_now" in source for source in self._sources.values())
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] = (),
+        open_turn: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text; with `open_turn` up to where serving hands over to the target."""
+        found = self._template_for(tools)
+        return self._rendered_by(found.source, messages, tools, open_turn, kwargs or {})
+
+    def _rendered(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], open_turn: bool, kwargs: Mapping[str, Any]
+    ) -> str:
+        return self._rendered_by(self._template_for(tools).source, messages, tools, open_turn, kwargs)
+
+    def _rendered_by(
+        self,
+        source: str,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any],
+        open_turn: bool,
+        kwargs: Mapping[str, Any],
+    ) -> str:
+        """As SGLang's server does: if the template cannot take the tools as they were sent, it gets the functions."""
+        sent = [_sent(tool) for tool in tools]
+        try:
+            return self._limited(source, messages, sent, open_turn, kwargs)
+        except TemplateLimitError:
+            raise
+        except RENDERING:
+            if not sent:
+                raise
+            return self._limited(source, messages, [tool["function"] for tool in sent], open_turn, kwargs)
+
+    def _limited(
+        self,
+        source: str,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any],
+        open_turn: bool,
+        kwargs: Mapping[str, Any],
+    ) -> str:
         try:
             with limited():
                 text = str(
                     self.tokenizer.apply_chat_template(
-                        list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=open_turn
+                        list(messages),
+                        **{
+                            "strftime_now": DATE.strftime,
+                            **kwargs,
+                            "tools": list(tools) or None,
+                            "chat_template": source,
+                            "tokenize": False,
+                            "add_generation_prompt": open_turn,
+                        },
                     )
                 )
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"the chat template has a fault in line {error.lineno}: {error.message}",
                 where="--chat-template",
-                fix="mend the Jinja file, or leave the flag out to use the target's own template",
+                fix="correct the Jinja file, or leave the flag out to use the target's own template",
             ) from error
         if len(text) > CHARACTERS:
             raise TemplateLimitError(f"it gives a text of {len(text):,} characters")
         return text
+
+    def asked(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Tokens of the prompt that serving feeds for these turns."""
+        return self._encode(self.render(messages, tools, True, kwargs))
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Tokens up to and including the header of the first assistant turn."""
@@ -139,171 +230,407 @@ class ChatTokenizer:
             if message.role == "assistant":
                 break
             before.append(message.as_dict())
-        text = self.render(before, conversation.tools, open_turn=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.asked(before, conversation.tools, conversation.kwargs)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    # What the files and the template say of stops
 
     def stop_ids(self) -> list[int]:
-        """The tokens that end what the target writes: the template's end of turn, and those its configuration names."""
-        found = self.tokenizer.convert_tokens_to_ids(list(self._template.stops))
-        return sorted(token for token in set(found) if token is not None)
-
-    def _stop_texts(self) -> list[str]:
-        texts = {self.tokenizer.eos_token} if self.tokenizer.eos_token else set()
-        try:
-            stated = GenerationConfig.from_pretrained(self._model_path).eos_token_id
-        except (OSError, ValueError):
-            stated = None
-        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
-        texts |= {text for text in self.tokenizer.convert_ids_to_tokens(ids) if text in self._special}
-        try:
-            probe = assistant_spans(self._template, PROBE)
-        except RENDERING:
-            return sorted(texts)
-        if not isinstance(probe, str):
-            text, spans = probe
-            texts |= {token for token in self._special if text[slice(*spans[0])].endswith(token)}
-        return sorted(texts)
-
-    def _prompt(self) -> str:
-        """What the template writes to hand over to the target, "" where that is not simply put behind the rest."""
-        turn = [{"role": "user", "content": "a"}]
-        try:
-            closed, opened = self.render(turn), self.render(turn, open_turn=True)
-        except RENDERING:
-            return ""
-        return opened[len(closed) :] if opened.startswith(closed) else ""
+        """The tokens that end what the target writes: the template's end of turn, and those its files name."""
+        by_text = {self._text_of(index): index for index in self._stated_ids()}
+        by_text |= {token.content: index for index, token in self._added.items()}
+        return sorted({by_text[text] for text in self._templates["default"].stops if text in by_text})
 
     def special_ids(self) -> list[int]:
         """Special tokens and ends of turn: always in the draft vocabulary."""
-        named = {
-            token for token in self.tokenizer.all_special_ids if token is not None
-        }  # one may not be in the vocabulary
+        named = {token for token in self.tokenizer.all_special_ids if token is not None}  # one may not be in it
         return sorted(named | set(self.stop_ids()))
 
-    def example(self, conversation: Conversation, sample_id: int, max_length: int) -> Example | str:
-        """One conversation, cut at `max_length`; see `examples`."""
-        rules = DataSettings(max_length=max_length, overlong="truncate")
-        [found] = self.examples([conversation], rules)
-        if isinstance(found, str):
-            return found
-        return Example(sample_id=sample_id, token_ids=found[0], loss_mask=found[1])
+    def _stated_ids(self) -> list[int]:
+        """The ends that config.json, generation_config.json and the tokenizer name."""
+        try:
+            generation = GenerationConfig.from_pretrained(self._model_path).eos_token_id
+        except (OSError, ValueError, TypeError):
+            generation = None
+        inner = self._config.get("text_config")
+        stated = [self.tokenizer.eos_token_id, generation, self._config.get("eos_token_id")]
+        stated.append(inner.get("eos_token_id") if isinstance(inner, dict) else None)
+        ids = {one for given in stated for one in (given if isinstance(given, list) else [given])}
+        return sorted(one for one in ids if type(one) is int and 0 <= one < self.size)
 
-    def examples(self, entries: Sequence[Entry], rules: DataSettings) -> list[Masked | str]:
-        """For each entry exactly the tokens that the target would be fed, and which of them it would have written.
+    def _stated_stops(self) -> list[str]:
+        return [text for index in self._stated_ids() if (text := self._text_of(index))]
 
-        A string instead is the reason why there is none: no assistant turn that can be located beyond doubt, nothing
-        left within the maximum length, or nothing that a draft could predict."""
-        located = [self._locate(entry) for entry in entries]
-        texts = [found[0] for found in located if isinstance(found, tuple)]
-        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        results = list[Masked | str]()
-        for entry, found in zip(entries, located, strict=True):
-            if isinstance(found, tuple):
-                encoded = next(encodings)
-                masked = _mask(encoded, found[1], rules.train_on)
-            elif isinstance(entry, Tokens) and found is None:
-                masked = self._given(entry)
+    def _text_of(self, index: int) -> str:
+        return self._added[index].content if index in self._added else str(self.backend.decode([index]))
+
+    def _shown_stops(self, template: Template, known: set[str]) -> set[str]:
+        """The token behind an answer, if no stop that is known stands there: the template's own end of turn."""
+        special = [token.content for token in self._added.values() if token.special]
+
+        def behind(*more: dict[str, Any]) -> str:
+            text = self._probe(template, [ASKED, ANSWERED, *more])
+            return text.partition(MARK)[2].partition(ASKED["content"])[0]
+
+        def first(text: str) -> set[str]:
+            text = text.lstrip()
+            found = [token for token in special if text.startswith(token)]
+            return {max(found, key=len)} if found else set()
+
+        tail = behind()
+        if any(stop in tail for stop in known) or first(tail):
+            return set() if any(stop in tail for stop in known) else first(tail)
+        tail, header = behind(ASKED), self._probe(template, [ASKED])
+        return set() if any(stop in tail for stop in known) else {one for one in first(tail) if one not in header}
+
+    def _probe(self, template: Template, turns: Sequence[dict[str, Any]], open_turn: bool = False, **kwargs: Any) -> str:
+        """A render of a few turns, with a tool for a template that needs one; "" if the template takes neither."""
+        parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        for tools in ((), (TOOL,)):
+            try:
+                return self._rendered_by(
+                    template.source, parts if template.as_parts else turns, tools, open_turn, kwargs
+                )
+            except TemplateLimitError as error:
+                raise ConfigError(
+                    f"the chat template cannot be used: {error}",
+                    where="the target's tokenizer, or --chat-template",
+                    fix="look at the template; it was made by whoever made the tokenizer",
+                ) from error
+            except RENDERING:
+                continue
+        return ""
+
+    def _wants_parts(self, source: str) -> bool:
+        """Whether texts are shown only if they are given as parts."""
+        turns = [ASKED, ANSWERED]
+        if all(turn["content"] in self._probe(Template(self._rendered, source), turns) for turn in turns):
+            return False
+        shown = self._probe(Template(self._rendered, source, as_parts=True), turns)
+        return all(turn["content"] in shown for turn in turns)
+
+    # Conversations to rows
+
+    def examples(self, entries: Sequence[Entry], rules: DataSettings) -> list[Rows | str]:
+        """For each entry exactly the tokens that the target is fed when it is served, and those that it writes.
+
+        A string instead is the reason why there are none: no assistant turn whose text is certain, nothing left within
+        the maximum length, or nothing that a draft could predict."""
+        found = [self._view(entry, rules.train_on) for entry in entries]
+        encoded = self._encoded([view for view in found if isinstance(view, View)])
+        results = list[Rows | str]()
+        for entry, view in zip(entries, found, strict=True):
+            if isinstance(view, str):
+                results.append(view)
+            elif isinstance(view, View):
+                results.append(_cut(self._rows(view, encoded), view.left_out, rules))
             else:
-                masked = str(found)
-            results.append(masked if isinstance(masked, str) else _cut(*masked, rules))
+                results.append(_cut([(row, "") for row in view], Counter(), rules))
         return results
 
-    def _locate(self, entry: Entry) -> tuple[str, list[Span]] | str | None:
-        """Text and spans, or the reason why there are none; None for what is tokens already."""
+    def _view(self, entry: Entry, train_on: str) -> View | list[_Row] | str:
         if isinstance(entry, Tokens):
-            return None
+            return self._given([(entry.token_ids, entry.loss_mask)])
         if isinstance(entry, Text):
-            return self._headed(entry.text)
-        try:
-            if STATES_SPANS.search(self.tokenizer.chat_template):
-                return self._stated(entry)
-            return assistant_spans(self._template, entry)
-        except TemplateError as error:  # raised by the template itself, for roles in an order that it does not know
-            if isinstance(error, TemplateSyntaxError):
-                raise
-            return f"the template refuses it: {str(error)[:80]}"
-        except RENDERING as error:  # a template that expects other fields
-            return f"the template cannot take it: {type(error).__name__}: {str(error)[:60]}"
-
-    def _stated(self, conversation: Conversation) -> tuple[str, list[Span]] | str:
-        messages = [message.as_dict() for message in conversation.messages]
-        with limited():
-            [text], [blocks] = render_jinja_template(
-                [messages],
-                tools=list(conversation.tools) or None,
-                chat_template=self.tokenizer.chat_template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+            return self._headed(entry.text, train_on)
+        if entry.rows and entry.tokenizer_hash == self.fingerprint and train_on == "all-turns":
+            return self._given(
+                [(np.asarray(row.token_ids, np.int32), np.asarray(row.loss_mask, np.bool_)) for row in entry.rows]
             )
-        spans = generation_spans(text, blocks, conversation, self._special)
-        return spans if isinstance(spans, str) else (text, spans)
+        try:
+            return serving_view(self._template_for(entry.tools), entry, train_on)
+        except TemplateSyntaxError:
+            raise
+        except RENDERING as error:
+            return refusal(error)
 
-    def _headed(self, text: str) -> tuple[str, list[Span]] | str:
-        """Text that already went through the template. A turn stands between the template's assistant header and its
-        end of turn. A header inside a user's own text cannot be told from a real one."""
-        spans, at, header = list[Span](), 0, self._template.prompt
-        while header and (at := text.find(header, at)) >= 0:
-            start = at + len(header)
-            ends = [end for token in self._special if (end := text.find(token, start)) >= 0]
-            at = end_of_turn(text, min(ends), self._special) if ends else start
-            if at > start:
-                spans.append((start, at))
-        return (text, spans) if spans else "text without a whole assistant turn"
+    def _given(self, rows: Sequence[Masked]) -> list[_Row] | str:
+        found = list[_Row]()
+        for ids_T, mask_T in rows:
+            if len(ids_T) and ids_T.max() >= self.size:
+                return "input_ids outside the target's vocabulary"
+            ends = np.flatnonzero(mask_T & ~np.append(mask_T[1:], False)) + 1
+            found.append(_Row(ids_T.tolist(), mask_T.tolist(), ends.tolist()))
+        return found
 
-    def _given(self, entry: Tokens) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]] | str:
-        if entry.token_ids.max() >= len(self.tokenizer):
-            return "input_ids outside the target's vocabulary"
-        mask_T = entry.loss_mask
-        ends = np.flatnonzero(mask_T & ~np.append(mask_T[1:], False)) + 1
-        return entry.token_ids, mask_T, ends.tolist()
+    def _headed(self, text: str, train_on: str) -> View | str:
+        """Text that already went through the template. A turn stands between a header of the assistant and a stop. A
+        header inside a user's own text cannot be told from a real one."""
+        headers, user = self._headers
+        stops = self._templates["default"].stops
+        if not headers or not stops:
+            return "text whose assistant turns the template does not mark"
+        header = re.compile("|".join(re.escape(one) for one in sorted(headers, key=len, reverse=True)))
+        stop = re.compile("|".join(re.escape(one) for one in sorted(stops, key=len, reverse=True)))
+        spans, at = list[tuple[int, int]](), 0
+        while (opened := header.search(text, at)) is not None:
+            ended = stop.search(text, opened.end())
+            if ended is None:
+                break
+            at = ended.end()
+            asked = text.find(user, opened.end()) if user else -1
+            if 0 <= asked < ended.start():  # the turn has no stop of its own
+                at = asked
+            else:
+                spans.append((opened.end(), ended.end()))
+        if not spans:
+            return "text without a whole assistant turn"
+        if train_on != "all-turns":
+            spans = spans[-1:]
+        return View([Turn(text[:first], text[first:last]) for first, last in spans])
+
+    @cached_property
+    def _headers(self) -> tuple[set[str], str]:
+        """(what stands before an assistant's text, what stands before a user's) in text that the template wrote."""
+        template = self._templates["default"]
+        base = self._probe(template, [ASKED])
+        prompts = [self._probe(template, [ASKED], open_turn=True)]
+        if template.switches:
+            prompts += [self._probe(template, [ASKED], True, **dict.fromkeys(template.switches, on)) for on in (True, False)]
+        opened = {prompt[len(base) :] for prompt in prompts if prompt.startswith(base)} - {""}
+        if not opened:  # no generation prompt: what stands behind the question
+            opened = {prompts[0].partition(ASKED["content"])[2]} - {""}
+        history = self._probe(template, [ASKED, ANSWERED, ASKED])
+        earlier = history.partition(ASKED["content"])[2].partition(MARK)[0] if MARK in history else ""
+        behind = base.partition(ASKED["content"])[2]
+        earlier = earlier.removeprefix(behind)
+        if earlier and any(one.startswith(earlier) for one in opened):
+            opened.add(earlier)
+        user = base.partition(ASKED["content"])[0]
+        special = [user.rfind(token.content) for token in self._added.values() if token.special]
+        at = max([0, *special])
+        return opened, user[at:]
+
+    # Tokens of prompts and completions
+
+    @cached_property
+    def _clean(self) -> tuple[str, ...]:
+        """Added tokens that cut a text in two whatever stands around them: what is behind one is tokenized apart."""
+        texts = [token.content for token in self._added.values()]
+        rendered = "".join(
+            self._probe(template, [ASKED, ANSWERED, ASKED], open_turn=True) for template in self._templates.values()
+        )
+        wanted = {text for text in texts if text in rendered} | set(self._templates["default"].stops)
+        wanted |= {text for text in texts[:1]}
+        return tuple(
+            token.content
+            for token in self._added.values()
+            if token.content in wanted
+            and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            and not any(other != token.content and _overlap(other, token.content) for other in texts)
+        )
+
+    @cached_property
+    def _prefixes(self) -> bool:
+        """Whether the tokenizer puts a space before a text behind a special token, as SentencePiece does."""
+        if not self._clean:
+            return False
+        tokens = self.backend.encode(self._clean[0] + "a", add_special_tokens=False).tokens
+        return len(tokens) > 1 and tokens[1][:1] in ("\u2581", "\u0120")
+
+    def _encoded(self, views: Sequence[View]) -> dict[str, list[int]]:
+        """Tokens of all that the rows need, in one call of the tokenizer."""
+        wanted = dict[str, None]()
+        for view in views:
+            for piece in self._pieces(view):
+                wanted[piece] = None
+        texts = list(wanted)
+        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: one.ids for text, one in zip(texts, found, strict=True)}
+
+    def _pieces(self, view: View) -> Iterator[str]:
+        for number, turn in enumerate(view.turns):
+            before = view.turns[number - 1] if number else None
+            if before is None or not self._goes_on(before, turn):
+                yield turn.prompt
+            else:
+                yield self._behind_stop(before, turn)
+                yield self._border(before)
+            yield self._alone(turn)
+
+    def _goes_on(self, before: Turn, turn: Turn) -> bool:
+        """Whether the prompt begins with all of the turn before, which ends where tokenization is cut anyway."""
+        return before.completion.endswith(self._clean) and turn.prompt.startswith(before.prompt + before.completion)
+
+    def _behind_stop(self, before: Turn, turn: Turn) -> str:
+        return self._clean[0] + turn.prompt[len(before.prompt) + len(before.completion) :]
+
+    def _alone(self, turn: Turn) -> str:
+        """The completion, behind a token that it does not touch: at the start of a text some tokenizers add a space."""
+        text = turn.completion
+        if self._prefixes and text.startswith(" "):
+            text = text[1:]
+        return self._clean[0] + text if self._clean else text
+
+    def _border(self, turn: Turn) -> str:
+        """The end of a prompt together with the completion, as a later prompt holds them."""
+        at = max((turn.prompt.rfind(text) + len(text) for text in self._clean if text in turn.prompt), default=0)
+        tail = turn.prompt[at:]
+        if not tail:
+            return self._alone(turn)
+        return (self._clean[0] if at else "") + tail + turn.completion
+
+    def _rows(self, view: View, encoded: Mapping[str, list[int]]) -> list[tuple[_Row, str]]:
+        """The rows of a conversation, each with the reason why it did not go on in the one before."""
+        skip = 1 if self._clean else 0
+        rows, before = list[tuple[_Row, str]](), None
+        for turn in view.turns:
+            written = encoded[self._alone(turn)][skip:]
+            if before is None:
+                rows.append((_Row(list(encoded[turn.prompt])), ""))
+            else:
+                row, goes_on = rows[-1][0], self._goes_on(before, turn)
+                if goes_on and _ends_with(encoded[self._border(before)], row.written):
+                    row.extend(encoded[self._behind_stop(before, turn)][1:], False)
+                else:
+                    prompt = self._encode(turn.prompt) if goes_on else list(encoded[turn.prompt])
+                    if prompt[: len(row.ids)] == row.ids:
+                        row.extend(prompt[len(row.ids) :], False)
+                    else:
+                        rows.append((_Row(prompt), FUSED if goes_on else CHANGED))
+            rows[-1][0].extend(written, True)
+            before = turn
+        return rows
 
 
-Masked = tuple[NDArray[np.int32], NDArray[np.bool_]]  # token_ids [T], loss_mask [T]
+@dataclass(slots=True)
+class _Row:
+    ids: list[int]
+    mask: list[bool] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # where each supervised turn ends
+    written: list[int] = field(default_factory=list)  # tokens of the last completion
+
+    def extend(self, ids: list[int], supervised: bool) -> None:
+        self.mask += [False] * (len(self.ids) - len(self.mask))
+        self.ids += ids
+        self.mask += [supervised] * len(ids)
+        if supervised:
+            self.written = ids
+            self.ends.append(len(self.ids))
 
 
-def _mask(
-    encoded: Encoding, spans: Sequence[Span], train_on: str
-) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]] | str:
-    """(token_ids [T], loss_mask [T], token at which each turn ends): a token is supervised where it lies wholly
-    inside a span. One that lies half inside belongs to nobody: the conversation is dropped.
-
-    Some tokenizers trim spaces off their offsets: a token begins where the one before it ended."""
-    ids = encoded.ids
-
-    def first_behind(at: int) -> int:
-        """The first token that ends behind the character `at`. Offsets as a list would cost a tenth of tokenization."""
-        found = encoded.char_to_token(at)
-        return bisect_right(encoded.offsets, at, key=END) if found is None else found
-
-    def begins(token: int) -> int:
-        return min(encoded.token_to_chars(token)[0], encoded.token_to_chars(token - 1)[1]) if token else 0
-
-    mask_T = np.zeros(len(ids), dtype=np.bool_)
-    ends = list[int]()
-    for number, span in enumerate(spans):
-        first, last = map(first_behind, span)
-        if any(token < len(ids) and begins(token) < at for token, at in zip((first, last), span, strict=True)):
-            return "a token lies across the border of an assistant turn"
-        if train_on == "all-turns" or number == len(spans) - 1:
-            mask_T[first:last] = True
-        ends.append(last)
-    return np.asarray(ids, dtype=np.int32), mask_T, ends
+def _ends_with(ids: list[int], end: list[int]) -> bool:
+    return ids[len(ids) - len(end) :] == end
 
 
-def _cut(ids_T: NDArray[np.int32], mask_T: NDArray[np.bool_], ends: Sequence[int], rules: DataSettings) -> Masked | str:
+def _cut(rows: Sequence[tuple[_Row, str]], left_out: Counter[str], rules: DataSettings) -> Rows | str:
     """Within the maximum length, by the rule that `overlong` names."""
-    length = len(ids_T)
-    if length > rules.max_length:
-        if rules.overlong == "drop":
-            return "longer than the maximum length"
-        length = rules.max_length
-        if rules.overlong == "truncate-turn":
-            length = max((end for end in ends if end <= length), default=0)
-            if not length:
-                return "no whole turn within the maximum length"
-    if not prediction_depth(mask_T[:length]).any():
-        return "the loss mask leaves nothing to predict within the maximum length"
-    return ids_T[:length], mask_T[:length]
+    kept, reasons, more = list[Masked](), Counter(left_out), Counter[str]()
+    for row, reason in rows:
+        length = len(row.ids)
+        if length > rules.max_length:
+            length = rules.max_length
+            if rules.overlong == "drop":
+                reasons[LONGER] += len(row.ends)
+                continue
+            if rules.overlong == "truncate-turn":
+                length = max((end for end in row.ends if end <= length), default=0)
+                if not length:
+                    reasons[NO_WHOLE_TURN] += len(row.ends)
+                    continue
+                reasons[LONGER] += sum(end > length for end in row.ends)
+        mask_T = np.asarray(row.mask[:length], dtype=np.bool_)
+        if not prediction_depth(mask_T).any():
+            reasons[NOTHING] += len(row.ends)
+            continue
+        if kept:
+            more[reason] += 1
+        kept.append((np.asarray(row.ids[:length], dtype=np.int32), mask_T))
+    if not kept:
+        return reasons.most_common(1)[0][0] if reasons else NOTHING
+    return Rows(tuple(kept), +reasons, more)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two added tokens could share characters of a text."""
+    if other in one or one in other:
+        return True
+    most = min(len(one), len(other))
+    return any(one.endswith(other[:n]) or other.endswith(one[:n]) for n in range(1, most))
+
+
+def _sent(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as SGLang's server hands it to the template: with all keys of its protocol, and in their order."""
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping):
+        function = tool
+    known = {
+        "description": function.get("description"),
+        "name": function.get("name"),
+        "parameters": function.get("parameters"),
+        "strict": bool(function.get("strict", False)),
+    }
+    return {"type": "function", "function": known, "defer_loading": tool.get("defer_loading")}
+
+
+def _switches(source: str) -> tuple[str, ...]:
+    """The variables of a template that turn thoughts on and off."""
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    try:
+        undeclared = meta.find_undeclared_variables(environment.parse(plain))
+    except (*RENDERING, MemoryError):
+        return ()
+    return tuple(name for name in SWITCHES if name in undeclared)
+
+
+def _named(template: Any) -> dict[str, str]:
+    """{name: source} of the templates that a tokenizer has."""
+    if isinstance(template, Mapping):
+        found = {str(name): str(source) for name, source in template.items()}
+        if "default" not in found and found:
+            found["default"] = next(iter(found.values()))
+        return {name: found[name] for name in ("default", "tool_use") if name in found}
+    return {"default": str(template)} if template else {}
+
+
+def _load(model_path: str, trust_remote_code: bool) -> Any:
+    """The tokenizer as transformers has it, over what tokenizer.json says: that is what a server tokenizes by, and the
+    class that tokenizer_config.json names may put other rules in its place."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        file = cached_file(model_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        stated = Tokenizer.from_file(file) if file else None
+    except BaseException as error:  # of many kinds; a panic in Rust, as of the tokenizers library, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(
+            f"the target's tokenizer cannot be loaded: {first_line(error)}",
+            where=f"--model-path {model_path}",
+            fix="give a model folder with tokenizer files, or the name of a model on the hub",
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "the target has no fast tokenizer, and rows are made by the rules of its tokenizer.json",
+            where=f"--model-path {model_path}",
+            fix="add its tokenizer.json to the folder",
+        )
+    if stated is not None:
+        here, backend = stated.get_vocab(with_added_tokens=True), tokenizer.backend_tokenizer
+        known = stated.get_added_tokens_decoder()
+        missing = [
+            (index, token)
+            for index, token in sorted(backend.get_added_tokens_decoder().items())
+            if index not in known and token.content not in here
+        ]
+        if all(index == len(here) + at for at, (index, _) in enumerate(missing)):  # those of tokenizer_config.json
+            stated.add_tokens([token for _, token in missing])
+            tokenizer._tokenizer = stated
+        else:
+            backend.normalizer, backend.pre_tokenizer = stated.normalizer, stated.pre_tokenizer
+            backend.decoder = stated.decoder
+    return tokenizer
+
+
+def _config(model_path: str, trust_remote_code: bool) -> dict[str, Any]:
+    """config.json, or nothing."""
+    try:
+        found = PretrainedConfig.get_config_dict(model_path, trust_remote_code=trust_remote_code)[0]
+    except (OSError, ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def template_names() -> list[str]:

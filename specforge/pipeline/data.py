@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from specforge.console import advance, console, progress, say
 from specforge.data import preparation, show, split, vocab
 from specforge.data.formats import ReadReport, read_rows
 from specforge.data.sources import Source, dataset_name, resolve
-from specforge.data.tokenize import ChatTokenizer
+from specforge.data.tokenize import DATE, ChatTokenizer
 from specforge.errors import ConfigError, DataError
 from specforge.files import digest, new_folder, read_json, replacing, replacing_bytes, write_json
 from specforge.pipeline.shared import refuse_foreign
@@ -124,12 +126,18 @@ def _content(
         content[side] = {"conversations": part.conversations}
         if tokenizer:
             content[side] |= {
+                "rows": part.prepared,
                 "tokens": part.tokens,
                 "supervised_tokens": part.supervised,
                 "supervised_share": part.supervised / part.tokens,
                 "lengths": {f"<= {b:,}" if b < 1 << 30 else "more": n for b, n in sorted(part.lengths.items())},
             }
     if tokenizer:
+        sides = parts.values()
+        content["further_rows"] = dict(sum((part.more for part in sides), Counter[str]()).most_common())
+        content["turns_left_out"] = dict(sum((part.left_out for part in sides), Counter[str]()).most_common())
+        if tokenizer.reads_the_clock:
+            content["date_in_prompts"] = f"{DATE:%Y-%m-%d}"
         counts_V = parts["train"].counts_V
         total_V = np.sum(list(counts_V.values()), axis=0)
         kept_D = vocab.choose(total_V, settings.draft_vocab_size, tokenizer.special_ids())
@@ -146,13 +154,25 @@ def _say(report: ReadReport, content: dict[str, Any], tokenized: bool) -> None:
     for side in SIDES:
         found = content[side]
         masked = f", {found['tokens']:,} tokens, {found['supervised_share']:.1%} supervised" if tokenized else ""
-        say(f"{side:>5}: {found['conversations']:,} conversations{masked}")
+        rows = f" in {found['rows']:,} rows" if tokenized and found["rows"] != found["conversations"] else ""
+        say(f"{side:>5}: {found['conversations']:,} conversations{rows}{masked}")
     say(f"of {report.rows:,} rows ({', '.join(report.formats)}); dropped: {escape(preparation.listed(report))}")
     if tokenized:
+        for reason, rows in content["further_rows"].items():
+            say(f"{rows:,} further rows: {reason}")
+        _say_turns(content["turns_left_out"])
+        if "date_in_prompts" in content:
+            say(f"note: the template writes the date; in these rows it is always {content['date_in_prompts']}")
         words = content["draft_vocabulary"]
         by_source = "; ".join(f"{name} {share:.2%}" for name, share in words["coverage_by_source"].items())
         said = f"{words['size']:,} says {words['coverage']:.2%} of the supervised tokens"
         say(f"a draft vocabulary of {said} ({by_source})")
+
+
+def _say_turns(left_out: Mapping[str, int]) -> None:
+    if left_out:
+        listed = "; ".join(f"{turns:,} {reason}" for reason, turns in left_out.items())
+        say(f"turns of the assistant that are read and not learned from: {escape(listed)}")
 
 
 def _made_from(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatTokenizer | None) -> dict[str, Any]:
@@ -178,7 +198,7 @@ def _is_made(output: Path, made_from: dict[str, Any]) -> bool:
 
 def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatTokenizer) -> None:
     """The first rows as the draft will see them, on the terminal or as a page. Nothing else is written."""
-    report, shown = ReadReport(), list[show.Row]()
+    report, shown, left_out = ReadReport(), list[show.Row](), Counter[str]()
     for source in sources:
         for path in source.files:
             for number, row in read_rows(path, report, max_bad=1.0):
@@ -186,12 +206,14 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
                 entry = preparation.usable(row, source.name, place, settings, report)
                 if entry is None:
                     continue
-                [masked] = tokenizer.examples([entry], settings)
-                if isinstance(masked, str):
-                    report.drop(masked, place)
-                else:
+                [rows] = tokenizer.examples([entry], settings)
+                if isinstance(rows, str):
+                    report.drop(rows, place)
+                    continue
+                left_out += rows.left_out
+                for masked in rows.masked:
                     shown.append(show.Row(place, entry.id, show.pieces(tokenizer.tokenizer, *masked)))
-                if len(shown) == settings.show_mask:
+                if len(shown) >= settings.show_mask:
                     break
     if not shown:
         raise DataError(
@@ -204,5 +226,6 @@ def _show(settings: PrepareDataSettings, sources: list[Source], tokenizer: ChatT
     else:
         for one in shown:
             console.print(show.coloured(one, brackets=not console.is_terminal))
-    say(f"{len(shown)} of the first {report.rows} rows; dropped before them: {escape(preparation.listed(report))}")
+    say(f"{len(shown)} rows of the first {report.rows} given; dropped: {escape(preparation.listed(report))}")
+    _say_turns(left_out)
     say("next: the same command without --show-mask")
