@@ -81,6 +81,7 @@ class Turn:
 
     prompt: str
     completion: str
+    behind: str = ""  # what the template writes behind the stop; nobody reads it if the conversation ends here
 
 
 @dataclass(slots=True)
@@ -273,6 +274,7 @@ class _Attempts:
                 return NO_STOP
         if stopped is None:
             return OPENED if opened and not thought else HIDDEN
+        behind = rest[len(stopped) :] if rest is not None else ""
         reason = self._wrong(stopped, opened, thought, said)
         if reason == THOUGHTLESS and opened and not self.message.reasoning and not self.message.tool_calls:
             stopped = self._as_written(stopped, prompt, said)
@@ -280,7 +282,7 @@ class _Attempts:
         if reason:
             return reason
         history = form.given if form.served is form.given else self._served(form, kwargs)
-        return _Found(Turn(prompt, stopped), history, not thought and _empty_thought(stopped) is not None)
+        return _Found(Turn(prompt, stopped, behind), history, not thought and _empty_thought(stopped) is not None)
 
     def _served(self, form: _Form, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -335,10 +337,10 @@ class _Attempts:
         self, rest: str, closed: str, form: _Form, kwargs: Mapping[str, Any], said: str
     ) -> str | None:
         """The template leaves the last turn open: the stop is what it writes before the next turn, or the target's."""
-        follower = self.following
-        if follower is None or follower.role == "assistant":
+        role = self.following.role if self.following else "assistant"
+        if role == "assistant":
             role = "tool" if self.message.tool_calls else "user"
-            follower = Message(role=role, content="a", tool_call_id=_first_id(form.given))
+        follower = Message(role=role, content=MARK, tool_call_id=_first_id(form.given))
         try:
             turns = [*self.before, form.given, _parted(follower.as_dict(), self.template)]
             longer = self.render(turns, self.conversation.tools, False, kwargs)
@@ -346,8 +348,11 @@ class _Attempts:
             raise
         except RENDERING:
             longer = ""
-        if longer.startswith(closed):
-            tail = longer[len(closed) :]
+        ended, told = longer.rfind(MARK), said.strip()
+        at = longer.rfind(told, 0, ended) + len(told) if told and told in rest else -1
+        behind = rest[rest.rfind(told) + len(told) :]
+        if longer.startswith(closed) or (at >= 0 and longer.startswith(behind, at)):
+            tail = longer[len(closed) if longer.startswith(closed) else at + len(behind) :]
             space = tail[: len(tail) - len(tail.lstrip())]
             for stop in sorted(self.template.stops, key=len, reverse=True):
                 if tail[len(space) :].startswith(stop):

@@ -5,6 +5,7 @@ turn n-1 if that row's tokens are the beginning of its prompt; otherwise a new r
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -379,7 +380,7 @@ class ChatTokenizer:
             return "text without a whole assistant turn"
         if train_on != "all-turns":
             spans = spans[-1:]
-        return View([Turn(text[:first], text[first:last]) for first, last in spans])
+        return View([Turn(text[:first], text[first:last], text[last:]) for first, last in spans])
 
     @cached_property
     def _headers(self) -> tuple[set[str], str]:
@@ -398,10 +399,8 @@ class ChatTokenizer:
         earlier = earlier.removeprefix(behind)
         if earlier and any(one.startswith(earlier) for one in opened):
             opened.add(earlier)
-        user = base.partition(ASKED["content"])[0]
-        special = [user.rfind(token.content) for token in self._added.values() if token.special]
-        at = max([0, *special])
-        return opened, user[at:]
+        heads = (base.partition(ASKED["content"])[0], history.partition(MARK)[2].partition(ASKED["content"])[0])
+        return opened, os.path.commonprefix([head[::-1] for head in heads])[::-1]
 
     # Tokens of prompts and completions
 
@@ -449,6 +448,8 @@ class ChatTokenizer:
                 yield self._behind_stop(before, turn)
                 yield self._border(before)
             yield self._alone(turn)
+            if turn.behind and self._clean:
+                yield self._clean[0] + turn.behind
 
     def _goes_on(self, before: Turn, turn: Turn) -> bool:
         """Whether the prompt begins with all of the turn before, which ends where tokenization is cut anyway."""
@@ -491,7 +492,11 @@ class ChatTokenizer:
                     else:
                         rows.append((_Row(prompt), FUSED if goes_on else CHANGED))
             rows[-1][0].extend(written, True)
+            if turn.behind and turn.completion.endswith(self._clean):
+                rows[-1][0].behind = encoded[self._clean[0] + turn.behind][1:]
             before = turn
+        for row, _ in rows:
+            row.extend(row.behind, False)
         return rows
 
 
@@ -501,13 +506,14 @@ class _Row:
     mask: list[bool] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # where each supervised turn ends
     written: list[int] = field(default_factory=list)  # tokens of the last completion
+    behind: list[int] = field(default_factory=list)  # what the template writes behind it
 
     def extend(self, ids: list[int], supervised: bool) -> None:
         self.mask += [False] * (len(self.ids) - len(self.mask))
         self.ids += ids
         self.mask += [supervised] * len(ids)
         if supervised:
-            self.written = ids
+            self.written, self.behind = ids, []
             self.ends.append(len(self.ids))
 
 

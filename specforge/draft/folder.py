@@ -142,7 +142,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
         raise CheckpointError(f"the draft cannot be read: {error}", where=str(folder), fix=FIX) from error
     config = config_of(raw, folder)
     try:
-        d2t_D, t2d_V = content.pop("d2t"), content.pop("t2d")
+        d2t_D, t2d_V = content.pop("d2t"), content.pop("t2d", None)
         with torch.device("meta"):  # before memory is taken for sizes that a config only claims
             shapes = {name: list(tensor.shape) for name, tensor in Eagle3Draft(config).state_dict().items()}
         found = {name: list(tensor.shape) for name, tensor in content.items()} | {"d2t": list(d2t_D.shape)}
@@ -163,7 +163,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Eagle3Draft, Tensor]:
     return draft.to(dtype), kept_D
 
 
-def _check(raw: dict[str, Any], config: DraftConfig, kept_D: Tensor, t2d_V: Tensor) -> None:
+def _check(raw: dict[str, Any], config: DraftConfig, kept_D: Tensor, t2d_V: Tensor | None) -> None:
     """Raises ValueError where the folder contradicts itself: a server would read the other half."""
     vllm = raw["eagle_aux_hidden_state_layer_ids"]
     if vllm != [layer + 1 for layer in config.aux_layers]:
@@ -173,5 +173,5 @@ def _check(raw: dict[str, Any], config: DraftConfig, kept_D: Tensor, t2d_V: Tens
         )
     if kept_D.min() < 0 or kept_D.max() >= config.vocab_size:
         raise ValueError("d2t names tokens outside the target's vocabulary")
-    if not torch.equal(torch.nonzero(t2d_V).squeeze(1), kept_D):
+    if t2d_V is not None and not torch.equal(torch.nonzero(t2d_V).squeeze(1), kept_D):
         raise ValueError("d2t and t2d name different tokens, or are not ascending")

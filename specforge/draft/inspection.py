@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specforge import hardware
 from specforge.draft.layouts import IDS, Contents
+from specforge.draft.model import served_rope
 from specforge.errors import SpecforgeError
 from specforge.records import TargetInfo
 
@@ -264,8 +265,7 @@ def _rope(subject: Subject) -> Iterator[Finding]:
     """A draft may have a rope of its own, if it was trained so; this project's drafts have their target's."""
     found, config, target = subject.found, subject.found.config, subject.target.config
     own: dict[str, Any] = config.get("rope_parameters") or {}
-    rope: Any = target.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
-    rope = rope if "rope_theta" in rope else rope.get("full_attention", rope)
+    rope = served_rope(target)
     if "rope_theta" in config and config["rope_theta"] != own.get("rope_theta"):
         what = (
             f"rope_theta is {config['rope_theta']} at the top level and {own.get('rope_theta')} in rope_parameters: "

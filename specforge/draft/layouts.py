@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge.console import say
 from specforge.draft import folder as draft_folder
 from specforge.draft.model import NORMS
 from specforge.errors import CheckpointError
@@ -60,7 +62,7 @@ class Contents:
 
 def read(folder: Path) -> Contents:
     """Raises CheckpointError where the folder cannot be read at all; what it holds is not judged here."""
-    _refuse_pickles(folder)
+    _look_for_pickles(folder)
     raw = _read_json(folder / "config.json")
     tensors = dict[str, Tensor]()
     for file in sorted(folder.glob("*.safetensors")):
@@ -76,24 +78,35 @@ def read(folder: Path) -> Contents:
         raise CheckpointError("the draft has no safetensors weights", where=str(folder), fix=FIX)
     _refuse_odd(folder, raw)
     layout = _layout(raw)
-    return Contents(
-        folder=folder,
-        layout=layout,
-        config=_completed(_from_speculators(raw) if layout == "vllm" else raw),
-        tensors={_own_name(name): tensor for name, tensor in tensors.items()},
-    )
+    config = _completed(_from_speculators(raw) if layout == "vllm" else raw)
+    named = {_own_name(name): tensor for name, tensor in tensors.items()}
+    return Contents(folder=folder, layout=layout, config=config, tensors=named | _t2d_of(named, config))
 
 
-def _refuse_pickles(folder: Path) -> None:
+def _t2d_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """t2d of a draft that has d2t alone: servers read no more than that."""
+    d2t_D, size = tensors.get("d2t"), config.get("vocab_size")
+    if d2t_D is None or "t2d" in tensors or d2t_D.dtype != torch.int64 or d2t_D.dim() != 1 or not isinstance(size, int):
+        return {}
+    kept_D = d2t_D + torch.arange(len(d2t_D))
+    if len(kept_D) == 0 or int(kept_D.min()) < 0 or int(kept_D.max()) >= size:
+        return {}
+    return {"t2d": torch.zeros(size, dtype=torch.bool).index_fill(0, kept_D, True)}
+
+
+def _look_for_pickles(folder: Path) -> None:
+    """Pickles are never opened: beside safetensors they are ignored with a note, such as a trainer's own leftovers."""
     if not folder.is_dir():
         raise CheckpointError("the draft is no folder here", where=str(folder), fix=FIX)
     found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLED)
-    if found:
+    if found and any(folder.glob("*.safetensors")):
+        say(f"note: {', '.join(found)} in {folder} are pickles: they are ignored, the safetensors are read")
+    elif found:
         raise CheckpointError(
             f"the draft folder holds pickled weights ({', '.join(found)}): loading them can run any code, so they are "
             "never loaded",
             where=str(folder / found[0]),
-            fix="ask whoever made it for safetensors, or convert it where you trust it, and take the pickle away",
+            fix="ask whoever made it for safetensors, or convert it where you trust it",
         )
 
 
@@ -181,11 +194,12 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0  # of both, transformers takes this
     understood = {
         "num_key_value_heads": heads,
         "head_dim": hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None,
         "draft_vocab_size": config.get("vocab_size"),
-        "rope_parameters": {**scaling, "rope_theta": config.get("rope_theta", 10000.0), "rope_type": kind},
+        "rope_parameters": {**scaling, "rope_theta": theta, "rope_type": kind},
     }
     return config | {name: value for name, value in understood.items() if value and not config.get(name)}
 

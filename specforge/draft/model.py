@@ -13,6 +13,7 @@ Source: EAGLE-3 (Li et al., 2025), and the draft class of the servers that load 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from specforge.records import TargetHead, TargetInfo
 
 Size = Annotated[int, Field(gt=0, lt=1 << 31, strict=True)]
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1
 
 
@@ -61,16 +63,14 @@ class DraftConfig:
     ) -> DraftConfig:
         config: dict[str, Any] = info.config
         heads = int(config["num_attention_heads"])
-        rope = dict(config.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0})
-        if "rope_theta" not in rope:  # one set of parameters for each kind of layer: the draft's attends to everything
-            rope = dict(rope["full_attention"])
+        rope = served_rope(config)
         ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
         return cls(
             hidden_size=info.hidden_size,
             intermediate_size=intermediate_size or int(config.get("intermediate_size") or 4 * info.hidden_size),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or info.hidden_size // heads),
+            head_dim=_head_dim(config),
             rms_norm_eps=float(config.get("rms_norm_eps") or 1e-5),
             vocab_size=info.vocab_size,
             draft_vocab_size=min(draft_vocab_size, info.vocab_size),
@@ -83,14 +83,58 @@ class DraftConfig:
         )
 
 
+def _head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // int(config["num_attention_heads"]))
+
+
+def served_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope of a draft for the target with this config: the target's, as far as the servers' draft class has it.
+
+    That class rotates the whole head, and knows the kinds of ROPES. It reads `attn_factor`, a factor beside yarn's own,
+    in place of `attention_factor`, which transformers reads: both are written. A draft need not have its target's rope;
+    a kind that the class cannot compute becomes the default one."""
+    rope = dict(config.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0})
+    if "rope_theta" not in rope:  # one set of parameters for each kind of layer: the draft's attends to everything
+        rope = dict(rope.get("full_attention") or {"rope_type": "default", "rope_theta": 10000.0})
+    rope = _of_class(rope, _head_dim(config))
+    if rope.get("rope_type") == "yarn" and rope.get("attention_factor") is not None:
+        own = yarn_factor({name: value for name, value in rope.items() if name != "attn_factor"})
+        rope["attn_factor"] = float(rope["attention_factor"]) / own
+    return rope
+
+
+def _of_class(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """The parameters that the servers' draft class can compute with."""
+    kind = rope.get("rope_type", "default")
+    factors = [rope.get(name) for name in ("short_factor", "long_factor")]
+    if kind not in ROPES or (kind == "longrope" and any(2 * len(found or ()) != head_dim for found in factors)):
+        return {"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10000.0)}
+    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+
+
+def yarn_factor(rope: dict[str, Any]) -> float:
+    """By what cosine and sine are multiplied, as SGLang and vLLM compute it.
+
+    Source: YaRN (Peng et al., 2023), 0.1 ln(factor) + 1; with two scales (DeepSeek-V2), their quotient."""
+
+    def scale(weight: float) -> float:
+        factor = float(rope.get("factor") or 1.0)
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    two = rope.get("mscale") is not None and rope.get("mscale_all_dim") is not None
+    own = scale(float(rope["mscale"])) / scale(float(rope["mscale_all_dim"])) if two else scale(1.0)
+    return own * float(rope.get("attn_factor") or 1.0)
+
+
 class Rotary:
     """The target's rotary embedding, in fp32 or wider. No module: a cast of the draft must not reach its frequencies.
 
-    They are transformers', which serving engines share but for rope of type `dynamic`: transformers changes its base
-    with the length of each batch, SGLang and vLLM fix it for the longest text, and a draft is for them."""
+    They are transformers', which serving engines share but for two kinds. `dynamic`: transformers changes its base with
+    the length of each batch, SGLang and vLLM fix it for the longest text. `yarn`: see `yarn_factor`. A draft is for the
+    servers."""
 
     def __init__(self, config: DraftConfig) -> None:
-        rope = config.rope_parameters
+        rope = _of_class(config.rope_parameters, config.head_dim)
         dynamic = rope.get("rope_type") == "dynamic"
         if dynamic:
             factor, dim = float(rope["factor"]), config.head_dim
@@ -106,6 +150,8 @@ class Rotary:
         rotary = LlamaRotaryEmbedding(llama)
         self.frequencies_e: Tensor = rotary.inv_freq  # half as many as a head has elements
         self.factor: float = rotary.attention_scaling  # of cosine and sine
+        if rope.get("rope_type") == "yarn":
+            self.factor = yarn_factor(rope)
 
     def __call__(self, x_RnE: Tensor, positions_R: Tensor) -> Tensor:
         """Rotates each head of x at its row's position."""

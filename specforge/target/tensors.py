@@ -19,6 +19,7 @@ from specforge.errors import EngineError, first_line
 from specforge.files import read_json, replacing, seal, unseal
 
 SHOWN = 4 << 30  # bytes; less is hashed before anybody asks what takes so long
+INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
 VOLATILE_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
 
@@ -37,7 +38,7 @@ class Entry:
 def headers(folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
     """The tensors of each weights file, in the order in which they lie there. Raises EngineError where there is none,
     or a header is not what its file holds: safetensors looks at it first."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = _files(folder)
     if not files:
         raise EngineError(
             "the target has no safetensors weights (pickled weights are never loaded)",
@@ -55,6 +56,33 @@ def headers(folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
                 fix="fetch or convert the target again",
             ) from error
         yield file, _entries(file)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that SGLang loads: what the index names, if there is one. Without it all of them, but Mistral's second copy."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = {str(name) for name in read_json(index)["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"the index of the weights cannot be read: {first_line(error)}",
+                where=str(index),
+                fix="fetch or convert the target again",
+            ) from error
+        files = sorted(folder / name for name in names)
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise EngineError(
+                    f"the index names {file.name}, which is not in the folder",
+                    where=str(index),
+                    fix="fetch the target again; the whole of it is needed",
+                )
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if [file.name for file in files] == ["consolidated.safetensors", "model.safetensors"]:
+        return files[1:]
+    return files
 
 
 def _entries(file: Path) -> list[Entry]:

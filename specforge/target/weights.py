@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from specforge.files import read_json
 from specforge.records import TargetHead, TargetInfo
 from specforge.target.tensors import fingerprint, headers
 
+OTHERS = re.compile(r"(^|\.)(layers|mtp\w*|vision\w*|visual|audio\w*|draft\w*|decoder_mtp)\.")  # parts with their own
 MOST_LAYERS = 10_000
 LEAST_LAYERS = 4  # three of layers 0 .. N-2
 
@@ -134,9 +136,10 @@ def load_head(info: TargetInfo, dtype: torch.dtype) -> TargetHead:
     where = {entry.name: file for file, entries in headers(folder) for entry in entries}
 
     def tensor(suffix: str) -> torch.Tensor | None:
-        name = next((name for name in where if name.endswith(suffix)), None)
-        if name is None:
+        names = [name for name in where if re.search(rf"(^|\.){re.escape(suffix)}$", name) and not OTHERS.search(name)]
+        if not names:
             return None
+        name = min(names, key=len)
         with safe_open(where[name], framework="pt") as file:
             return file.get_tensor(name).to(dtype)
 
