@@ -10,8 +10,9 @@ from itertools import pairwise
 import xxhash
 from tokenizers import Tokenizer
 
+from specforge.data.serving_view import THOUGHTS
 from specforge.errors import ConfigError, first_line
-from specforge.records import Conversation, Message
+from specforge.records import Conversation, Exact, Message
 
 LOOKS_SPECIAL = re.compile(
     r"<[|｜][^<>\s]{1,40}[|｜]>"
@@ -48,8 +49,10 @@ class Dialogue:
     (the target might call another tool, and nobody would run it): the conversation ends before it. So it does at any
     answer that failed: the exchanges before it are whole, and what comes behind would answer something unsaid."""
 
-    def __init__(self, index: int, conversation: Conversation) -> None:
-        self.index, self._given = index, conversation
+    def __init__(self, index: int, conversation: Conversation, tokenizer_hash: str = "") -> None:
+        """`tokenizer_hash`: of the tokenizer that the exact tokens of `answer` belong to."""
+        self.index, self._given, self._tokenizer_hash = index, conversation, tokenizer_hash
+        self._rows = list[tuple[list[int], list[int]]]()
         self._exchanges = _exchanges(conversation)
         self._said = list[Message]()
         self._answers = self._tokens = 0
@@ -70,9 +73,15 @@ class Dialogue:
             return None
         return replace(self._given, messages=(*self._said, *exchange.messages))
 
-    def answer(self, message: Message, tokens: int, special: Sequence[str] | None) -> None:
+    def answer(
+        self,
+        message: Message,
+        tokens: int,
+        special: Sequence[str] | None,
+        exact: tuple[list[int], list[int]] | None = None,
+    ) -> None:
         """The target's answer to the turn asked. `special`: texts that a chat template would read as special tokens;
-        None where they are not known."""
+        None if they are not known. `exact`: the tokens that the target was fed, and those that it wrote."""
         found = _special_text((message.reasoning or "") + message.content, special)
         if not message.content.strip():
             self.fail("failed", "the answer is empty")
@@ -82,7 +91,19 @@ class Dialogue:
         else:
             self._said += [*self._exchanges[self._answers].messages, message]
             self._answers += 1
+            if exact is not None:
+                self._extend(*exact)
         self._tokens += tokens
+
+    def _extend(self, asked: list[int], written: list[int]) -> None:
+        """The tokens go on in the last row if that is the beginning of what the target was fed; else a row begins."""
+        before = self._rows[-1] if self._rows else ([], [])
+        if self._rows and asked[: len(before[0])] == before[0]:
+            self._rows.pop()
+        else:
+            before = ([], [])
+        fed = [0] * (len(asked) - len(before[0]))
+        self._rows.append(([*asked, *written], [*before[1], *fed, *([1] * len(written))]))
 
     def truncate(self, tokens: int, produced: str) -> None:
         self.fail("truncated", f"no end of turn within {tokens} tokens", produced)
@@ -95,11 +116,16 @@ class Dialogue:
         return Outcome(
             index=self.index,
             id=self._given.id,
-            conversation=replace(self._given, messages=tuple(self._said)) if self._said else None,
+            conversation=self._answered() if self._said else None,
             failure=self._failure,
             answers=self._answers,
             tokens=self._tokens,
         )
+
+    def _answered(self) -> Conversation:
+        rows = tuple(Exact(token_ids=ids, loss_mask=mask) for ids, mask in self._rows)
+        named = self._tokenizer_hash if rows else ""
+        return replace(self._given, messages=tuple(self._said), rows=rows, tokenizer_hash=named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +154,9 @@ def seed_of(seed: int, index: int, turn: int) -> int:
 
 
 def special_texts(tokenizer: Tokenizer) -> list[str]:
-    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content]
+    tags = {tag for pair in THOUGHTS for tag in pair}  # part of the answer's text
+    added = tokenizer.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special and token.content and token.content not in tags]
 
 
 def read_special_texts(model_path: str) -> list[str]:

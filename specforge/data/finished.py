@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,7 +84,8 @@ class Finished:
         self._lines[outcome.index] = self._end
         (self._again.add if failure and failure.again else self._again.discard)(outcome.index)
         row = to_row(outcome.conversation) if outcome.conversation else None
-        content = asdict(outcome) | {"conversation": row, "failure": asdict(failure) if failure else None}
+        content = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
+        content |= {"conversation": row, "failure": asdict(failure) if failure else None}
         self._append(content)
 
     def close(self) -> None:

@@ -30,11 +30,15 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "outp
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a turn; the first that holds anything counts
 THOUGHT_COLUMNS = (*THOUGHT_KEYS, "thought", "thoughts", "cot", "chain_of_thought", "rationale")  # beside an answer
 TRAINING_MARKS = ("weight", "loss", "trainable", "train", "loss_weight")  # 0 or false: the turn is context
-KNOWN_KEYS = (*THOUGHT_KEYS, *TRAINING_MARKS, "tool_calls", "function_call", "tool_call_id", "name", "from", "value")
-KNOWN_KEYS += ("role", "content", "reasoning_details", "refusal", "audio", "annotations")
-TAKEN_KWARGS = ("messages", "tools", "conversation", "chat_template", "tokenize", "add_generation_prompt", "documents")
-TAKEN_KWARGS += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
-TAKEN_KWARGS += ("continue_final_message", "tokenizer_kwargs", "strftime_now")
+KNOWN_KEYS = {
+    *(*THOUGHT_KEYS, *TRAINING_MARKS, "role", "content", "from", "value", "name"),
+    *("tool_calls", "tool_call_id", "function_call", "reasoning_details", "refusal", "audio", "annotations"),
+}
+TAKEN_KWARGS = {  # of what renders a template
+    *("messages", "tools", "conversation", "documents", "chat_template", "add_generation_prompt", "strftime_now"),
+    *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
 OTHER_PARTS = "parts other than text (images and the like are not supported)"
 NAMED_LINES = 5  # of each reason, the report names the first few
 DEEPEST = 100  # levels of a call's arguments, or of tools
@@ -122,7 +126,7 @@ def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator
         raise DataError(
             f"{bad:,} of {rows:,} rows are broken or in no known format, more than {max_bad:.2g} of them",
             where=f"{path}, first at {', '.join(report.bad_where)}; {dict(report.dropped)}",
-            fix="correct or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
+            fix="change or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
             "more with --max-bad-rows",
         )
 
@@ -262,8 +266,8 @@ def _unknown(row: Mapping[str, Any]) -> str:
 
 
 def _pair(row: Mapping[str, Any], asked: str, answered: str) -> list[Any] | str:
-    """The turns of a row of two columns; either may be text, or a list of turns itself. Alpaca's `history` holds earlier
-    exchanges; a column of thoughts belongs to the answer."""
+    """The turns of a row of two columns; either may be text, or a list of turns itself. Alpaca's `history` holds
+    earlier exchanges; a column of thoughts belongs to the answer."""
     question, answer = row[asked], row[answered]
     if isinstance(question, str) and isinstance(row.get("input"), str) and row["input"] and asked == "instruction":
         question = f"{question}\n\n{row['input']}"
@@ -345,7 +349,7 @@ def _message(turn: Any) -> Message | str:
             return parts
         content, thought = parts
         thoughts += [thought] if thought else []
-    more = {key: value for key, value in turn.items() if key not in (*KNOWN_KEYS, *named) and value is not None}
+    more = {key: value for key, value in turn.items() if key not in KNOWN_KEYS and value is not None}
     if content is None and (found or isinstance(more.get("function_calls"), str)):
         content = ""
     if not isinstance(content, str):
@@ -385,7 +389,7 @@ def _thinking(part: Mapping[str, Any], kind: str) -> str | None:
     inside = part.get(kind, part.get("text"))
     if isinstance(inside, list):
         texts = [inner.get("text") if isinstance(inner, dict) else inner for inner in inside]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
     return inside if isinstance(inside, str) else None
 
 
@@ -440,7 +444,7 @@ def _kwargs(kwargs: Any) -> dict[str, Any] | str:
         return {}
     if not isinstance(kwargs, dict) or _too_deep(kwargs):
         return "chat_template_kwargs that are no object"
-    if taken := sorted(set(kwargs) & set(TAKEN_KWARGS)):
+    if taken := sorted(set(kwargs) & TAKEN_KWARGS):
         return f"chat_template_kwargs that name {taken[0]}"
     return {name: value for name, value in kwargs.items() if value is not None}
 

@@ -92,7 +92,9 @@ def dumped(value: Any) -> bytes:
     """The value as one line of JSON; decimals and the like, which hold no conversation, as text."""
     try:
         return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError:  # an integer over 64 bits
+    except TypeError as error:
+        if "Integer" not in str(error):
+            raise
         return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":")).encode()
 
 

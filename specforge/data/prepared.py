@@ -40,7 +40,7 @@ def load_examples(
             for ids_T, mask_T in rows_or_reason.masked:
                 domain, place = entry.domain or entry.source, len(examples)
                 examples.append(Example(sample_id=place, token_ids=ids_T, loss_mask=mask_T, domain=domain))
-        del examples[limit:]
+        del examples[len(examples) if limit is None else limit :]
         if limit is not None and len(examples) == limit:
             break
     if not examples:

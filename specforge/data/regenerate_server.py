@@ -50,6 +50,7 @@ class ServerRegenerator:
             "temperature": sampling.temperature,
             "skip_special_tokens": False,  # those inside an answer must be seen; SGLang and vLLM know the key
             **tools,
+            **({"chat_template_kwargs": dict(history.kwargs)} if history.kwargs else {}),
             **draws,
         }
 
@@ -97,8 +98,9 @@ class ServerRegenerator:
         elif finish != "stop":
             dialogue.fail("failed", f"the answer ended with '{finish}'", produced)
         else:
-            # `reasoning_content`: what the server's reasoning parser, if it has one, took out
-            answer = Message(role="assistant", content=produced, reasoning=message.reasoning_content or None)
+            # what the server's reasoning parser, if it has one, took out; vLLM calls it `reasoning`
+            thought = message.reasoning_content or message.reasoning or None
+            answer = Message(role="assistant", content=produced, reasoning=thought)
             dialogue.answer(answer, reply.usage.completion_tokens if reply.usage else 0, self._special)
 
     def _failed(self, dialogue: Dialogue, words: str) -> None:
@@ -121,6 +123,7 @@ def _wait(number: int, asked: str) -> float:
 class _Message(BaseModel):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[Any] | None = None
 
 

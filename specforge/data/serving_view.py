@@ -3,9 +3,10 @@
     prompt       render(the turns before, tools, kwargs, with the generation prompt): exactly what serving feeds
     completion   what the target itself writes, up to and with the token that stops it
 
-    ...<|im_end|>\\n<|im_start|>assistant\\n<think>\\n I count.\\n</think>\\n\\nTwo cats.<|im_end|> \\n<|im_start|>user...
-                                                      |                                         |
-    prompt: up to here, where serving hands over      completion: up to here                    the template's own
+    ...<|im_start|>assistant\\n<think>\\n I count.\\n</think>\\n\\nTwo cats.<|im_end|> \\n<|im_start|>user...
+                                         |                                        |
+    prompt: up to here, where serving    completion: up to here                   what only the template writes
+    hands over
 
 The completion comes from a second render, that of the turn as the last one. A template can show thoughts and calls in
 several ways, or only if they are given under its own key, so a turn is tried in several forms. The first form counts
@@ -19,7 +20,6 @@ call, the conversation ends before it: what follows would answer something that 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,12 +97,12 @@ def serving_view(template: Template, conversation: Conversation, train_on: str =
     last = max((at for at, m in enumerate(conversation.messages) if m.role == "assistant"), default=-1)
     for at, message in enumerate(conversation.messages):
         if message.role != "assistant":
-            before.append(_parted(message.as_dict(), template))
+            before.append(as_given(message.as_dict(), template))
             continue
         wanted = message.trained and (at == last or train_on == "all-turns")
         if not before:
             view.left_out[UNASKED] += wanted
-            before.append(_parted(message.as_dict(), template))
+            before.append(as_given(message.as_dict(), template))
             continue
         following = conversation.messages[at + 1] if at + 1 < len(conversation.messages) else None
         found = _Attempts(template, budget.render, conversation, tuple(before), message, following).best()
@@ -110,7 +110,7 @@ def serving_view(template: Template, conversation: Conversation, train_on: str =
             view.left_out[found] += wanted
             if found == CALLLESS or budget.spent():
                 break
-            before.append(_parted(message.as_dict(), template))
+            before.append(as_given(message.as_dict(), template))
             continue
         if wanted:
             view.turns.append(found.turn)
@@ -202,7 +202,9 @@ class _Attempts:
         own = self.message.as_dict()
         inline = bool(thought) and not self.message.reasoning
         reads_keys = any(f"{key}" in self.template.source for key in THOUGHT_KEYS)
-        apart = {name: value for name, value in own.items() if name not in THOUGHT_KEYS} | {"content": said.lstrip("\n")}
+        apart = {name: value for name, value in own.items() if name not in THOUGHT_KEYS} | {
+            "content": said.lstrip("\n")
+        }
         shown = [own]
         if thought:
             keyed = [apart | {"reasoning_content": thought.strip("\n") if inline else thought}]
@@ -219,7 +221,7 @@ class _Attempts:
                 parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said.lstrip("\n")}]
                 shown.append(apart | {"content": parts})
         for form in shown:
-            form = _parted(form, self.template)
+            form = as_given(form, self.template)
             if not self.message.tool_calls:
                 yield _Form(form, form)
             else:
@@ -254,9 +256,7 @@ class _Attempts:
             for number, call in enumerate(calls)
         ]
 
-    def _attempt(
-        self, prompt: str, form: _Form, kwargs: Mapping[str, Any], thought: str, said: str
-    ) -> _Found | str:
+    def _attempt(self, prompt: str, form: _Form, kwargs: Mapping[str, Any], thought: str, said: str) -> _Found | str:
         try:
             closed = self.render([*self.before, form.given], self.conversation.tools, False, kwargs)
         except TemplateLimitError:
@@ -282,7 +282,7 @@ class _Attempts:
         if reason:
             return reason
         history = form.given if form.served is form.given else self._served(form, kwargs)
-        return _Found(Turn(prompt, stopped, behind), history, not thought and _empty_thought(stopped) is not None)
+        return _Found(Turn(prompt, stopped, behind), history, not thought and _thinks_nothing(stopped))
 
     def _served(self, form: _Form, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -301,7 +301,7 @@ class _Attempts:
             behind = prompt[prompt.rindex(asked.strip()) + len(asked.strip()) :]
         elif any(opener in prompt for opener, _ in THOUGHTS):
             closed = self.render(self.before, self.conversation.tools, False, kwargs)
-            behind = prompt[len(os.path.commonprefix([prompt, closed])) :]
+            behind = prompt[shared(prompt, closed) :]
         return behind
 
     def _written(
@@ -311,9 +311,9 @@ class _Attempts:
         if closed.startswith(prompt):
             return closed[len(prompt) :]
         base = self.render(self.before, self.conversation.tools, False, kwargs)
-        shared = len(os.path.commonprefix([prompt, closed]))
-        if prompt.startswith(base) and shared >= len(base) and prompt != base:
-            left, rest = prompt[shared:], closed[shared:]
+        alike = shared(prompt, closed)
+        if prompt.startswith(base) and alike >= len(base) and prompt != base:
+            left, rest = prompt[alike:], closed[alike:]
             if opened:
                 return rest.lstrip("\n") if thinks else None
             if not left.strip() or any(closer in left for _, closer in THOUGHTS):
@@ -321,7 +321,7 @@ class _Attempts:
             return None
         # earlier parts differ: the text before the answer must end as the prompt does, the last question included
         marked = self.render(
-            [*self.before, _parted({"role": "assistant", "content": MARK}, self.template)],
+            [*self.before, as_given({"role": "assistant", "content": MARK}, self.template)],
             self.conversation.tools,
             False,
             kwargs,
@@ -330,19 +330,17 @@ class _Attempts:
         asked = self.before[-1].get("content")
         if not found or not closed.startswith(head) or not isinstance(asked, str) or not asked.strip():
             return None
-        alike = len(os.path.commonprefix([prompt[::-1], head[::-1]]))
+        alike = shared(prompt[::-1], head[::-1])
         return closed[len(head) :] if asked.strip() in prompt[len(prompt) - alike :] else None
 
-    def _with_stop(
-        self, rest: str, closed: str, form: _Form, kwargs: Mapping[str, Any], said: str
-    ) -> str | None:
+    def _with_stop(self, rest: str, closed: str, form: _Form, kwargs: Mapping[str, Any], said: str) -> str | None:
         """The template leaves the last turn open: the stop is what it writes before the next turn, or the target's."""
         role = self.following.role if self.following else "assistant"
         if role == "assistant":
             role = "tool" if self.message.tool_calls else "user"
         follower = Message(role=role, content=MARK, tool_call_id=_first_id(form.given))
         try:
-            turns = [*self.before, form.given, _parted(follower.as_dict(), self.template)]
+            turns = [*self.before, form.given, as_given(follower.as_dict(), self.template)]
             longer = self.render(turns, self.conversation.tools, False, kwargs)
         except TemplateLimitError:
             raise
@@ -384,7 +382,9 @@ class _Attempts:
         if any(stop in text for stop in self.template.stops for text in told):
             return STOPS
         squashed = _squash(inside)
-        if not all(_shows(inside, squashed, text) for call in self.message.tool_calls for text in _leaves(call["function"])):
+        if not all(
+            _shows(inside, squashed, text) for call in self.message.tool_calls for text in _leaves(call["function"])
+        ):
             return CALLLESS
         if self.message.tool_calls and _is_escaped(inside, self.message.tool_calls):
             return CALLLESS
@@ -405,9 +405,20 @@ class _Attempts:
         return OPENED if opened and not thought else None
 
 
+def shared(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
 def refusal(error: Exception) -> str:
     """Why a template cannot render a conversation."""
-    if isinstance(error, TemplateError):  # raised by the template itself, as for roles in an order that it does not know
+    if isinstance(
+        error, TemplateError
+    ):  # raised by the template itself, as for roles in an order that it does not know
         return f"the template refuses it: {str(error)[:80]}"
     return f"the template cannot take it: {type(error).__name__}: {first_line(error)[:60]}"
 
@@ -418,7 +429,7 @@ def _weight(reason: str) -> int:
     return order.index(reason) if reason in order else -1
 
 
-def _parted(message: dict[str, Any], template: Template) -> dict[str, Any]:
+def as_given(message: dict[str, Any], template: Template) -> dict[str, Any]:
     """The turn for a template that reads content as parts, or that has another name for the role of tools."""
     if message["role"] == "tool" and template.calls_tools_environment:
         message = message | {"role": "environment"}
@@ -452,13 +463,10 @@ def _opens(text: str) -> bool:
     return any(text.rfind(opener) > text.rfind(closer) for opener, closer in THOUGHTS)
 
 
-def _empty_thought(completion: str) -> str | None:
-    """The thought without words that an answer begins with, if it does."""
-    for opener, closer in THOUGHTS:
-        found = re.match(rf"\s*({re.escape(opener)})?\s*{re.escape(closer)}", completion)
-        if found:
-            return found.group()
-    return None
+def _thinks_nothing(completion: str) -> bool:
+    """Whether an answer begins with a thought without words."""
+    text = completion.lstrip()
+    return any(text.removeprefix(opener).lstrip().startswith(closer) for opener, closer in THOUGHTS)
 
 
 def _stopped(rest: str, stops: Sequence[str]) -> str | None:

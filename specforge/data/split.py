@@ -21,7 +21,9 @@ SHINGLE = 3  # words
 COMMON = 50  # held-out conversations: a run of words in more of them is a phrase, and no sign of a duplicate
 LEAK_SHARE = 0.5  # of a training conversation's shingles inside one held-out conversation
 FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1], dtype=np.uint64)  # odd: no word's hash is lost
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # of scripts that put no space between words, each character
 
 
@@ -53,7 +55,7 @@ def prompt_hash(entry: Entry, seed: int) -> int:
 
 
 def content_hash(entry: Entry) -> int:
-    """Equal for exact duplicates: same roles, texts, tools and arguments of the template, white space around a turn apart."""
+    """Equal for exact duplicates: same roles, texts, tools and template arguments, white space around a turn apart."""
     if isinstance(entry, Tokens):
         return xxhash.xxh3_128_intdigest(entry.token_ids.tobytes() + entry.loss_mask.tobytes())
     if isinstance(entry, Text):

@@ -5,7 +5,6 @@ turn n-1 if that row's tokens are the beginning of its prompt; otherwise a new r
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,18 @@ from specforge.config import DataSettings
 from specforge.console import say
 from specforge.data.formats import Entry, Text, Tokens
 from specforge.data.limits import CHARACTERS, TemplateLimitError, limited
-from specforge.data.serving_view import MARK, RENDERING, SWITCHES, Template, Turn, View, refusal, serving_view
+from specforge.data.serving_view import (
+    MARK,
+    RENDERING,
+    SWITCHES,
+    Template,
+    Turn,
+    View,
+    as_given,
+    refusal,
+    serving_view,
+    shared,
+)
 from specforge.errors import ConfigError, first_line
 from specforge.records import Conversation
 
@@ -98,9 +108,7 @@ class ChatTokenizer:
             stops |= self._shown_stops(found, stops)
             self._templates[name] = found
         ordered = tuple(sorted(stops))
-        self._templates = {
-            name: replace(found, stops=ordered, eos=eos) for name, found in self._templates.items()
-        }
+        self._templates = {name: replace(found, stops=ordered, eos=eos) for name, found in self._templates.items()}
 
     def _template_for(self, tools: Sequence[Any]) -> Template:
         """As transformers, and so a server, chooses among named templates."""
@@ -138,11 +146,16 @@ class ChatTokenizer:
 
     @cached_property
     def _fingerprint(self) -> str:
+        if self.size != self.backend.get_vocab_size(with_added_tokens=True):  # the library warns of holes as of damage
+            told = [sorted(self.backend.get_vocab().items()), *map(repr, (self.backend.normalizer, self._added))]
+            return xxhash.xxh3_128_hexdigest(repr(told).encode())
         return xxhash.xxh3_128_hexdigest(self.backend.to_str().encode())
 
     @property
     def template_fingerprint(self) -> str:
-        sources = self._sources["default"] if list(self._sources) == ["default"] else repr(sorted(self._sources.items()))
+        sources = (
+            self._sources["default"] if list(self._sources) == ["default"] else repr(sorted(self._sources.items()))
+        )
         return xxhash.xxh3_128_hexdigest(sources.encode())
 
     @property
@@ -222,7 +235,8 @@ class ChatTokenizer:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Tokens of the prompt that serving feeds for these turns."""
-        return self._encode(self.render(messages, tools, True, kwargs))
+        template = self._template_for(tools)
+        return self._encode(self.render([as_given(turn, template) for turn in messages], tools, True, kwargs))
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Tokens up to and including the header of the first assistant turn."""
@@ -286,7 +300,9 @@ class ChatTokenizer:
         tail, header = behind(ASKED), self._probe(template, [ASKED])
         return set() if any(stop in tail for stop in known) else {one for one in first(tail) if one not in header}
 
-    def _probe(self, template: Template, turns: Sequence[dict[str, Any]], open_turn: bool = False, **kwargs: Any) -> str:
+    def _probe(
+        self, template: Template, turns: Sequence[dict[str, Any]], open_turn: bool = False, **kwargs: Any
+    ) -> str:
         """A render of a few turns, with a tool for a template that needs one; "" if the template takes neither."""
         parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         for tools in ((), (TOOL,)):
@@ -322,7 +338,7 @@ class ChatTokenizer:
         found = [self._view(entry, rules.train_on) for entry in entries]
         encoded = self._encoded([view for view in found if isinstance(view, View)])
         results = list[Rows | str]()
-        for entry, view in zip(entries, found, strict=True):
+        for view in found:
             if isinstance(view, str):
                 results.append(view)
             elif isinstance(view, View):
@@ -336,10 +352,9 @@ class ChatTokenizer:
             return self._given([(entry.token_ids, entry.loss_mask)])
         if isinstance(entry, Text):
             return self._headed(entry.text, train_on)
-        if entry.rows and entry.tokenizer_hash == self.fingerprint and train_on == "all-turns":
-            return self._given(
-                [(np.asarray(row.token_ids, np.int32), np.asarray(row.loss_mask, np.bool_)) for row in entry.rows]
-            )
+        if entry.rows and entry.tokenizer_hash == self.fingerprint:
+            exact = [(np.asarray(row.token_ids, np.int32), np.asarray(row.loss_mask, np.bool_)) for row in entry.rows]
+            return self._given(exact if train_on == "all-turns" else [_last_turn(*exact[-1])])
         try:
             return serving_view(self._template_for(entry.tools), entry, train_on)
         except TemplateSyntaxError:
@@ -380,7 +395,8 @@ class ChatTokenizer:
             return "text without a whole assistant turn"
         if train_on != "all-turns":
             spans = spans[-1:]
-        return View([Turn(text[:first], text[first:last], text[last:]) for first, last in spans])
+        space = re.compile(r"\s*")
+        return View([Turn(text[:a], text[a:b], space.match(text, b).group()) for a, b in spans])  # type: ignore[union-attr]
 
     @cached_property
     def _headers(self) -> tuple[set[str], str]:
@@ -389,7 +405,9 @@ class ChatTokenizer:
         base = self._probe(template, [ASKED])
         prompts = [self._probe(template, [ASKED], open_turn=True)]
         if template.switches:
-            prompts += [self._probe(template, [ASKED], True, **dict.fromkeys(template.switches, on)) for on in (True, False)]
+            prompts += [
+                self._probe(template, [ASKED], True, **dict.fromkeys(template.switches, on)) for on in (True, False)
+            ]
         opened = {prompt[len(base) :] for prompt in prompts if prompt.startswith(base)} - {""}
         if not opened:  # no generation prompt: what stands behind the question
             opened = {prompts[0].partition(ASKED["content"])[2]} - {""}
@@ -400,7 +418,8 @@ class ChatTokenizer:
         if earlier and any(one.startswith(earlier) for one in opened):
             opened.add(earlier)
         heads = (base.partition(ASKED["content"])[0], history.partition(MARK)[2].partition(ASKED["content"])[0])
-        return opened, os.path.commonprefix([head[::-1] for head in heads])[::-1]
+        alike = shared(*(head[::-1] for head in heads))
+        return opened, heads[0][len(heads[0]) - alike :]
 
     # Tokens of prompts and completions
 
@@ -412,7 +431,7 @@ class ChatTokenizer:
             self._probe(template, [ASKED, ANSWERED, ASKED], open_turn=True) for template in self._templates.values()
         )
         wanted = {text for text in texts if text in rendered} | set(self._templates["default"].stops)
-        wanted |= {text for text in texts[:1]}
+        wanted |= set(texts[:1])
         return tuple(
             token.content
             for token in self._added.values()
@@ -515,6 +534,13 @@ class _Row:
         if supervised:
             self.written, self.behind = ids, []
             self.ends.append(len(self.ids))
+
+
+def _last_turn(ids_T: NDArray[np.int32], mask_T: NDArray[np.bool_]) -> Masked:
+    """The row with no more than its last run of supervised tokens."""
+    last = np.flatnonzero(mask_T)[-1] if mask_T.any() else 0
+    context = np.flatnonzero(~mask_T[: last + 1])
+    return ids_T, mask_T & (np.arange(len(mask_T)) > (context[-1] if len(context) else -1))
 
 
 def _ends_with(ids: list[int], end: list[int]) -> bool:

@@ -21,6 +21,7 @@ from specforge.records import Conversation, Message, Sampling
 # (/server_info), managers/scheduler.py (internal states). vLLM: v1/spec_decode/metrics.py.
 SGLANG_INFO = ("/server_info", "/get_server_info")  # the second in older releases
 SGLANG_ASK = "return_spec_tokens_details"  # key of a request
+WRITTEN = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a stream's delta: tokens have come
 SGLANG_DETAILS = ("sglext", "spec_tokens_details")  # keys of a chunk of the stream, one in the other
 SGLANG_PASSES = "spec_verify_ct"  # in those details: passes of the target that verified drafts
 SGLANG_STATES, SGLANG_AVERAGE = "internal_states", "avg_spec_accept_length"  # in the info, since the server's start
@@ -209,7 +210,7 @@ async def _stream(client: httpx.AsyncClient, request: Mapping[str, Any], domain:
             try:
                 for choice in chunk.get("choices") or ():
                     delta, last = choice.get("delta") or {}, time.perf_counter()
-                    if delta.get("content") or delta.get("reasoning_content") or delta.get("tool_calls"):
+                    if any(delta.get(name) for name in WRITTEN):
                         first = first or last
                     text += delta.get("content") or ""
                 tokens = _tokens(chunk, tokens)

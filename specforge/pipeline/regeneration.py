@@ -89,7 +89,7 @@ def _in_process(settings: RegenerateSettings, asked: list[Conversation]) -> int 
             fix=f"start {settings.tp_size}, or start the command plainly; several copies: a server and --server URL",
         )
     dist.barrier()  # every rank has read the same progress before the first adds to it
-    todo = _todo(asked, finished)
+    todo = _todo(asked, finished, tokenizer.fingerprint)
     if todo:
         engine = start_engine(settings, info, ranks, settings.output.parent)
         sampling = _sampling(settings, tokenizer.stop_ids())
@@ -155,10 +155,11 @@ def _finished(settings: RegenerateSettings, target: dict[str, Any]) -> Finished:
     return Finished(_beside(settings.output)[1], made_from, settings.resume)
 
 
-def _todo(asked: list[Conversation], finished: Finished) -> list[Dialogue]:
+def _todo(asked: list[Conversation], finished: Finished, tokenizer_hash: str = "") -> list[Dialogue]:
     if finished.done():
         say(f"going on: {finished.done():,} of {len(asked):,} conversations are done")
-    return [Dialogue(at, conversation) for at, conversation in enumerate(asked) if not finished.is_done(at)]
+    left = ((at, conversation) for at, conversation in enumerate(asked) if not finished.is_done(at))
+    return [Dialogue(at, conversation, tokenizer_hash) for at, conversation in left]
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def headers(folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that SGLang loads: what the index names, if there is one. Without it all of them, but Mistral's second copy."""
+    """Those that SGLang loads: what the index names; without an index all of them, less Mistral's second copy."""
     index = folder / INDEX
     if index.is_file():
         try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
 
 from specforge import cli, config
-from specforge.data import spans
+from specforge.data import serving_view
 from specforge.data.formats import parse
+from specforge.data.serving_view import View
 from specforge.data.tokenize import ChatTokenizer
 from tests import tiny
 from tests.faults.page import fault
@@ -33,19 +33,16 @@ def target(tmp_path_factory):
 )
 def test_a_line_of_ten_megabytes_takes_as_long_as_ten_megabytes_of_lines(target, tmp_path, unit):
     """Counted in work, not in seconds: the tokenizer gets each character once, and no conversation is rendered more
-    than the few times that finding its turns takes, however long it is."""
+    than the few times that its turns take, however long it is."""
     text = unit * (10 * MEGABYTE // len(unit.encode()))
     rendered = []
     tokenizer = ChatTokenizer(str(target))
-    once = tokenizer.render
-    tokenizer._template = replace(
-        tokenizer._template, render=lambda *given: rendered.append(len(text := once(*given))) or text
-    )
+    once = tokenizer._limited
+    tokenizer._limited = lambda *given: rendered.append(len(text := once(*given))) or text
     for turns in ([("user", text), ("assistant", "yes.")], [("user", "so"), ("assistant", text)]):
         row = {"conversations": [{"role": role, "content": content} for role, content in turns]}
         _, entry = parse(row, "1")
-        found = tokenizer._locate(entry)
-        assert isinstance(found, str | tuple)
+        assert isinstance(tokenizer._view(entry, "all-turns"), str | View)
     assert 2 * len(text) < sum(rendered) < 10 * len(text)
 
 
@@ -62,16 +59,16 @@ def test_a_row_of_ten_megabytes_costs_that_row(target, tmp_path):
 
 
 @fault(
-    "a conversation of thousands of turns, with a template whose turns are found one by one",
+    "a conversation of thousands of turns, each of which is rendered with all before it",
     "the row is left out and counted",
 )
-def test_thousands_of_turns_that_must_be_found_one_by_one_are_refused(target):
+def test_a_conversation_of_thousands_of_turns_is_refused(target):
     """A conversation of n turns cost 2n renders of n turns: with 2,000 a minute."""
     tokenizer = ChatTokenizer(str(target), "mistral")
     turns = [{"role": role, "content": f"{role} {at}"} for at in range(1000) for role in ("user", "assistant")]
     began = time.process_time()
-    said = [tokenizer._locate(parse({"conversations": turns[:count]}, "1")[1]) for count in (40, 2000)]
-    assert isinstance(said[0], tuple)
-    assert str(said[1]).startswith("more turns than can be found one by one")
+    said = [tokenizer._view(parse({"conversations": turns[:count]}, "1")[1], "all-turns") for count in (40, 2000)]
+    assert isinstance(said[0], View)
+    assert "more turns than can be rendered one by one" in str(said[1])
     assert time.process_time() - began < 30
-    assert spans.MOST_RENDERED == 400_000
+    assert serving_view.MOST_RENDERED == 400_000

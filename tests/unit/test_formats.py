@@ -13,6 +13,7 @@ from specforge.data.prepared import data_hash, load_examples, load_held_out, loa
 from specforge.data.tokenize import ChatTokenizer
 from specforge.errors import DataError
 from tests import tiny
+from tests.rows import one_row
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_a_domain_is_kept_with_the_row_and_is_a_short_name(tmp_path, chat):
     assert to_conversation(row | {"domain": "x" * 1000}, "").domain == "x" * 64
     for none in (None, "", 7, ["code"]):
         assert to_row(to_conversation(row | {"domain": none}, "")) == row
-    example = chat.example(to_conversation(row, ""), 0, 512)
+    example = one_row(chat, to_conversation(row, ""), 0, 512)
     tokens = {"input_ids": example.token_ids.tolist(), "loss_mask": example.loss_mask.astype(int).tolist()}
     rows = [row, row | {"source": "s"}, row | {"source": "s", "domain": "code"}, tokens | {"domain": "code"}]
     found = load_examples(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), chat, RULES)
@@ -184,7 +185,7 @@ def test_a_row_of_tokens_that_is_none_is_dropped(tmp_path, chat, row):
 
 def test_the_three_kinds_of_rows_give_the_same_example(tmp_path, chat):
     [row] = tiny.conversations(1)
-    example = chat.example(to_conversation(row, ""), 0, 512)
+    example = one_row(chat, to_conversation(row, ""), 0, 512)
     tokens = {"input_ids": example.token_ids.tolist(), "loss_mask": example.loss_mask.astype(int).tolist()}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row, tokens])
     found = load_examples(path, chat, RULES)

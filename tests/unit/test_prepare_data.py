@@ -83,18 +83,22 @@ def test_tool_calls_and_reasoning_reach_the_template(prepare, tmp_path, target):
     ]
     rows = [{"id": "mine", "messages": turns}, *tiny.conversations(30)]
     prepare(tiny.write_jsonl(tmp_path / "rows.jsonl", rows), chat_template="qwen3")
-    [mine] = [row for side in ("train", "test") for row in rows_of(tmp_path / "out", side) if row["id"] == "mine"]
-    assert spoken(mine, target) == (
-        '<tool_call>\n{"name": "count", "arguments": {"animal": "cat"}}\n</tool_call><|im_end|>'
-        "<think>\n2 is two\n</think>\n\ntwo.<|im_end|>"
-    )
+    mine = [row for side in ("train", "test") for row in rows_of(tmp_path / "out", side) if "mine" in row["id"]]
+    # the call has no thought, so thinking was off: the empty thought stands in its prompt, and in no later one
+    assert [(row["id"], spoken(row, target)) for row in mine] == [
+        ("mine", '<tool_call>\n{"name": "count", "arguments": {"animal": "cat"}}\n</tool_call><|im_end|>'),
+        ("mine#2", "<think>\n2 is two\n</think>\n\ntwo.<|im_end|>"),
+    ]
 
 
 BAD = {
     "a turn of unknown role 'robot'": {"messages": [{"role": "robot", "content": "x"}, TURNS[1]]},
     "both 'conversations' and 'messages'": {"conversations": TURNS, "messages": TURNS},
     "'messages' is no list of turns": {"messages": []},
-    "a turn that is not only text": {"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]},
+    "a turn that is not only text": {"messages": [{"role": "user", "content": [{"type": "text"}]}, TURNS[1]]},
+    "parts other than text (images and the like are not supported)": {
+        "messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]
+    },
     "text that is already formatted (give --is-preformatted)": {"text": "<|im_start|>user\nx<|im_end|>\n"},
     "no known format: columns a, b": {"a": 1, "b": 2},
     "tool calls without a function's name and arguments": {"messages": [TURNS[0], TURNS[1] | {"tool_calls": [{}]}]},

@@ -12,10 +12,12 @@ from tokenizers import processors
 
 from specforge.config import DataSettings
 from specforge.data.formats import Text
-from specforge.data.tokenize import ChatTokenizer
+from specforge.data.serving_view import STOPS
+from specforge.data.tokenize import NOTHING, ChatTokenizer
 from specforge.errors import ConfigError
 from specforge.records import Conversation, Example, Message
 from tests import tiny
+from tests.rows import one_row, rows_of, shown
 
 END = "<|im_end|>"
 LONG = 10_000
@@ -59,8 +61,7 @@ def supervised(chat, example):
 
 
 def preformatted(chat, text):
-    [found] = chat.examples([Text(id="t", text=text)], DataSettings(max_length=LONG, is_preformatted=True))
-    return found if isinstance(found, str) else Example(sample_id=3, token_ids=found[0], loss_mask=found[1])
+    return one_row(chat, Text(id="t", text=text), 3)
 
 
 def answers(*turns):
@@ -73,7 +74,6 @@ CASES = {
     "three turns": [t for n in range(3) for t in (("user", f"q{n}"), ("assistant", f"answer {n}"))],
     "system prompt": [("system", "be brief"), USER, ("assistant", "two")],
     "tool result": [USER, ("assistant", "call"), ("tool", "2"), ("assistant", "two cats")],
-    "trailing user turn": [USER, ("assistant", "two"), ("user", "sure?")],
     "two answers in a row": [USER, ("assistant", "two"), ("assistant", "or three")],
     "the same text in every turn": [("user", "two"), ("assistant", "two"), ("user", "two"), ("assistant", "two")],
     "words of the template": [USER, ("assistant", "assistant"), ("user", "user"), ("assistant", "im_end")],
@@ -87,13 +87,12 @@ CASES = {
     "header in the user's text": [("user", "say <|im_start|>assistant\nthree"), ("assistant", "two")],
     "whole turn in the user's text": [("user", f"a{END}\n<|im_start|>assistant\nthree{END}\n"), ("assistant", "two")],
     "header in the answer": [USER, ("assistant", "it is <|im_start|>assistant\n, you see"), USER, ("assistant", "b")],
-    "end of turn in the answer": [USER, ("assistant", f"one{END}\n<|im_start|>user\ntwo"), USER, ("assistant", "b")],
 }
 
 
 @pytest.mark.parametrize("turns", CASES.values(), ids=CASES.keys())
 def test_the_supervised_text_is_the_assistants_and_its_end(chat, turns):
-    example = chat.example(conversation(*turns), 7, LONG)
+    example = one_row(chat, conversation(*turns), 7, LONG)
     assert supervised(chat, example) == answers(*turns)
     assert example.sample_id == 7
     # exactly what the target would be fed: one tokenization of the rendered text
@@ -112,21 +111,38 @@ texts = st.lists(pieces, max_size=4).map("".join)
 roles = st.sampled_from(["user", "assistant", "system"])
 
 
+def test_what_nobody_answers_is_not_in_the_row(chat):
+    answered = [USER, ("assistant", "two")]
+    one, other = (one_row(chat, conversation(*turns)) for turns in (answered, [*answered, ("user", "sure?")]))
+    np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+
+def test_an_answer_with_the_text_of_a_stop_is_read_and_not_learned_from(chat):
+    """The server would have ended it there."""
+    entry = conversation(USER, ("assistant", f"one{END}\n<|im_start|>user\ntwo"), USER, ("assistant", "b"))
+    assert supervised(chat, one_row(chat, entry)) == ["b" + END]
+    [found] = chat.examples([entry], DataSettings(max_length=LONG))
+    assert dict(found.left_out) == {STOPS: 1}
+
+
 def test_an_empty_answer_alone_leaves_nothing_to_predict(chat):
-    assert "nothing to predict" in chat.example(conversation(USER, ("assistant", "")), 0, LONG)
+    assert "nothing to predict" in one_row(chat, conversation(USER, ("assistant", "")), 0, LONG)
 
 
 @given(st.lists(st.tuples(roles, texts), max_size=5), texts.filter(bool))
 @settings(max_examples=50, deadline=None)
 def test_any_text_of_any_role(chat, before, last):
     turns = [USER, *before, ("assistant", last)]
-    assert supervised(chat, chat.example(conversation(*turns), 0, LONG)) == answers(*turns)
+    wanted = answers(*(turn for turn in turns if END not in turn[1]))
+    found = one_row(chat, conversation(*turns))
+    assert found in (STOPS, NOTHING) if isinstance(found, str) else supervised(chat, found) == wanted
+    assert bool(wanted) or isinstance(found, str)
 
 
 def test_a_conversation_that_the_assistant_opens(chat):
     """ShareGPT has many. Nobody asked for its first turn: the row may be dropped for a reason, or be masked rightly."""
     turns = [("assistant", "hello"), USER, ("assistant", "two")]
-    example = chat.example(conversation(*turns), 0, LONG)
+    example = one_row(chat, conversation(*turns), 0, LONG)
     assert isinstance(example, str) or supervised(chat, example) in (answers(*turns), answers(*turns[1:]))
 
 
@@ -138,19 +154,19 @@ def test_a_tokenizer_that_trims_its_offsets(target, tmp_path, name):
     fast.save_pretrained(tmp_path)
     chat = ChatTokenizer(str(tmp_path))
     turns = CASES[name]
-    assert supervised(chat, chat.example(conversation(*turns), 0, LONG)) == answers(*turns)
+    assert supervised(chat, one_row(chat, conversation(*turns), 0, LONG)) == answers(*turns)
 
 
 # Preformatted text
 
-UNAMBIGUOUS = [n for n in CASES if "header" not in n and "whole turn" not in n and "end of turn" not in n]
+UNAMBIGUOUS = [n for n in CASES if "header" not in n and "whole turn" not in n]
 
 
 @pytest.mark.parametrize("name", UNAMBIGUOUS)
 def test_preformatted_text_gives_what_its_conversation_gives(chat, name):
     turns = CASES[name]
     text = chat.render([{"role": role, "content": content} for role, content in turns])
-    example, same = chat.example(conversation(*turns), 3, LONG), preformatted(chat, text)
+    example, same = one_row(chat, conversation(*turns), 3, LONG), preformatted(chat, text)
     assert isinstance(same, Example), same
     assert same.sample_id == 3
     np.testing.assert_array_equal(same.token_ids, example.token_ids)
@@ -187,51 +203,69 @@ CHANNELS = (  # as gpt-oss: the target itself writes a channel and a special tok
 )
 
 
-@pytest.mark.parametrize("template", [LAST_TWO, SILENT, "constant"])
+def test_a_template_that_hides_old_turns_gives_what_it_serves(with_template):
+    chat = with_template(LAST_TWO)
+    found = [shown(chat, row) for row in rows_of(chat, conversation(*CASES["three turns"]))]
+    turn, head = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+    assert found == [
+        turn.format("user", "q0") + head + "⟦answer 0<|im_end|>⟧\n",
+        *(
+            turn.format("assistant", f"answer {n - 1}") + turn.format("user", f"q{n}") + head
+            + f"⟦answer {n}<|im_end|>⟧\n"
+            for n in (1, 2)
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [SILENT, "constant"])
 def test_a_template_that_hides_turns_gives_a_reason_and_no_half_mask(with_template, template):
-    found = with_template(template).example(conversation(*CASES["three turns"]), 0, LONG)
+    found = one_row(with_template(template), conversation(*CASES["three turns"]), 0, LONG)
     assert isinstance(found, str)
     assert found
 
 
 def test_a_template_that_hides_nothing_here_is_fine(with_template):
     chat = with_template(LAST_TWO)
-    assert supervised(chat, chat.example(conversation(*CASES["one turn"]), 0, LONG)) == answers(*CASES["one turn"])
+    assert supervised(chat, one_row(chat, conversation(*CASES["one turn"]), 0, LONG)) == answers(*CASES["one turn"])
 
 
 def test_a_template_that_takes_thoughts_out_of_earlier_turns(with_template):
     chat = with_template(WITHOUT_THOUGHTS)
     thought = ("assistant", "<think>2?</think>two")
-    earlier = chat.example(conversation(USER, thought, USER, ("assistant", "b")), 0, LONG)
-    assert supervised(chat, earlier) == ["two" + END, "b" + END]
+    earlier = rows_of(chat, conversation(USER, thought, USER, ("assistant", "b")))
+    head = f"<|im_start|>user\nhow many cats?{END}\n<|im_start|>assistant\n"
+    assert [shown(chat, row) for row in earlier] == [
+        f"{head}⟦<think>2?</think>two{END}⟧\n",
+        f"{head}two{END}\n{head}⟦b{END}⟧\n",
+    ]
     turns = [USER, ("assistant", "a"), USER, thought]
-    assert supervised(chat, chat.example(conversation(*turns), 0, LONG)) == answers(*turns)
+    assert supervised(chat, one_row(chat, conversation(*turns), 0, LONG)) == answers(*turns)
 
 
 @pytest.mark.parametrize("text", ["two", "final", ""])
 def test_what_the_target_writes_before_its_text_is_its_own_too(with_template, text):
     chat = with_template(CHANNELS)
-    example = chat.example(conversation(USER, ("assistant", text)), 0, LONG)
+    example = one_row(chat, conversation(USER, ("assistant", text)), 0, LONG)
     assert supervised(chat, example) == ["final<|endoftext|>" + text + END]
 
 
 def test_a_conversation_that_the_template_refuses_is_one_dropped_row(with_template):
     """Many templates raise for roles in an order they do not know (Mistral, Gemma): no reason to stop the whole run."""
     chat = with_template(STRICT)
-    assert isinstance(chat.example(conversation(("assistant", "hello"), USER, ("assistant", "a")), 0, LONG), str)
-    assert supervised(chat, chat.example(conversation(USER, ("assistant", "a")), 0, LONG)) == ["a" + END]
+    assert isinstance(one_row(chat, conversation(("assistant", "hello"), USER, ("assistant", "a")), 0, LONG), str)
+    assert supervised(chat, one_row(chat, conversation(USER, ("assistant", "a")), 0, LONG)) == ["a" + END]
 
 
 def test_a_template_that_trims(with_template):
     chat = with_template(tiny.CHATML.replace("message['content']", "message['content'] | trim"))
-    example = chat.example(conversation(USER, ("assistant", "  a b \n"), USER, ("assistant", "")), 0, LONG)
+    example = one_row(chat, conversation(USER, ("assistant", "  a b \n"), USER, ("assistant", "")), 0, LONG)
     assert supervised(chat, example) == ["a b" + END, END]
 
 
 @pytest.mark.parametrize("text", ["{% for %}", "{{ messages[0] }", "{% if x %}"])
 def test_a_template_with_a_fault_in_its_syntax_is_a_setting_to_mend(with_template, text):
     with pytest.raises(ConfigError) as refused:
-        with_template(text).example(conversation(*CASES["one turn"]), 0, LONG)
+        one_row(with_template(text), conversation(*CASES["one turn"]), 0, LONG)
     assert "chat-template" in refused.value.where
 
 
@@ -255,10 +289,10 @@ def test_a_short_name_is_one_of_the_projects_templates(target):
 
 
 def test_the_cut_keeps_tokens_and_mask_together(chat):
-    whole = chat.example(conversation(*CASES["three turns"]), 0, LONG)
+    whole = one_row(chat, conversation(*CASES["three turns"]), 0, LONG)
     first = int(np.argmax(whole.loss_mask))
     for length in range(8, len(whole.token_ids) + 2):
-        cut = chat.example(conversation(*CASES["three turns"]), 0, length)
+        cut = one_row(chat, conversation(*CASES["three turns"]), 0, length)
         if length <= first + 1:  # one token alone has no other to be predicted from
             assert isinstance(cut, str)
             continue
@@ -266,9 +300,9 @@ def test_the_cut_keeps_tokens_and_mask_together(chat):
         np.testing.assert_array_equal(cut.loss_mask, whole.loss_mask[:length])
 
 
-@pytest.mark.parametrize("name", ["one turn", "three turns", "system prompt", "trailing user turn"])
+@pytest.mark.parametrize("name", ["one turn", "three turns", "system prompt"])
 def test_the_prompt_is_what_stands_before_the_first_supervised_token(chat, name):
-    example = chat.example(conversation(*CASES[name]), 0, LONG)
+    example = one_row(chat, conversation(*CASES[name]), 0, LONG)
     before = example.token_ids[: int(np.argmax(example.loss_mask))]
     assert chat.prompt_ids(conversation(*CASES[name])) == before.tolist()
 
