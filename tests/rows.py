@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from specforge.config import DataSettings
 from specforge.data.formats import Entry
 from specforge.data.tokenize import ChatTokenizer, Masked
@@ -27,8 +29,10 @@ def one_row(chat: ChatTokenizer, entry: Entry, sample_id: int = 0, max_length: i
 
 def shown(chat: ChatTokenizer, masked: Masked) -> str:
     """The row decoded, with brackets around what is supervised."""
-    text, inside = "", False
-    for token, supervised in zip(*(part.tolist() for part in masked), strict=True):
-        text += ("⟦" if supervised else "⟧") * (supervised != inside) + chat.tokenizer.decode([token])
-        inside = supervised
-    return text + "⟧" * inside
+    ids_T, mask_T = masked
+    edges = np.flatnonzero(np.diff(mask_T.astype(int), prepend=0, append=0)).tolist()
+    text, at = "", 0
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        text += chat.tokenizer.decode(ids_T[at:first]) + "⟦" + chat.tokenizer.decode(ids_T[first:last]) + "⟧"
+        at = last
+    return text + chat.tokenizer.decode(ids_T[at:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,11 @@ def write_token_rows(folder: Path, train: int, test: int) -> None:
         write_jsonl(folder / f"{split}.jsonl", rows)
 
 
-def tokenizer(*more_special: str, **settings: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ChatML's special tokens and `more_special`; `settings` as eos_token, chat_template."""
+def tokenizer(
+    *more_special: str, plain: Sequence[str] = (), more_text: Sequence[str] = (), **settings: str
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's special tokens and `more_special`, and added tokens that are not special; trained
+    on `more_text`, too. `settings` as eos_token, chat_template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -128,8 +132,10 @@ def tokenizer(*more_special: str, **settings: str) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([sentence(random.Random(n), 20) for n in range(50)] + ["user assistant system"], trainer)
+    texts = [sentence(random.Random(n), 20) for n in range(50)] + ["user assistant system", *more_text]
+    bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(text, special=True) for text in special])
+    bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML} | settings
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
 

@@ -126,7 +126,7 @@ def read_rows(path: Path, report: ReadReport, max_bad: float = 0.01) -> Iterator
         raise DataError(
             f"{bad:,} of {rows:,} rows are broken or in no known format, more than {max_bad:.2g} of them",
             where=f"{path}, first at {', '.join(report.bad_where)}; {dict(report.dropped)}",
-            fix="change or remove these rows (one JSON object a line, in UTF-8; docs/data.md has the formats), or allow "
+            fix="change or remove these rows (one JSON object a line, in UTF-8; see docs/data.md), or allow "
             "more with --max-bad-rows",
         )
 

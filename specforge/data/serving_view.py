@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, product
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -44,6 +45,7 @@ OPENED = "the prompt opens a thought, and the turn has none"
 TWICE = "the template writes a second thought beside the turn's own"
 UNOPENED = "the turn closes a thought that nothing opened"
 STOPS = "the turn holds the text of a token that ends what the target writes"
+REFUSALS = ("the template refuses it", "the template cannot take it")  # and why
 NO_STOP = "no token is known that ends what the target writes"
 
 THOUGHTS = (  # how thoughts are opened and closed
@@ -67,6 +69,7 @@ class Template:
     source: str
     switches: tuple[str, ...] = ()  # of SWITCHES, those that the template reads
     stops: tuple[str, ...] = ()  # texts of the tokens that end what the target writes
+    tokens: tuple[str, ...] = ()  # texts of all added tokens
     eos: str = ""  # of them, the one for a turn whose end the template does not show
     as_parts: bool = False  # content must be a list of parts
 
@@ -93,11 +96,14 @@ class View:
 def serving_view(template: Template, conversation: Conversation, train_on: str = "all-turns") -> View | str:
     """The turns to learn from, or the reason why there is none."""
     budget = _Budget(template)
-    view, before = View(), list[dict[str, Any]]()
+    view, before, new_ids = View(), list[dict[str, Any]](), dict[str, str]()
     last = max((at for at, m in enumerate(conversation.messages) if m.role == "assistant"), default=-1)
     for at, message in enumerate(conversation.messages):
         if message.role != "assistant":
-            before.append(as_given(message.as_dict(), template))
+            given = as_given(message.as_dict(), template)
+            if "tool_call_id" in given:
+                given["tool_call_id"] = new_ids.get(given["tool_call_id"], given["tool_call_id"])
+            before.append(given)
             continue
         wanted = message.trained and (at == last or train_on == "all-turns")
         if not before:
@@ -105,16 +111,21 @@ def serving_view(template: Template, conversation: Conversation, train_on: str =
             before.append(as_given(message.as_dict(), template))
             continue
         following = conversation.messages[at + 1] if at + 1 < len(conversation.messages) else None
-        found = _Attempts(template, budget.render, conversation, tuple(before), message, following).best()
+        attempts = _Attempts(template, budget.render, conversation, tuple(before), message, following)
+        found = attempts.best()
         if isinstance(found, str):
-            view.left_out[found] += wanted
-            if found == CALLLESS or budget.spent():
+            context = attempts.as_context()
+            view.left_out[found if context or found.startswith(REFUSALS) else CALLLESS] += wanted
+            if context is None:
                 break
-            before.append(as_given(message.as_dict(), template))
+            before.append(context)
             continue
         if wanted:
             view.turns.append(found.turn)
         before.append(found.history)
+        for call, shown in zip(message.tool_calls, found.history.get("tool_calls") or (), strict=False):
+            if "id" in call:
+                new_ids[call["id"]] = shown["id"]
     view.left_out = +view.left_out
     return view if view.turns else next(iter(view.left_out), NO_TURN)
 
@@ -167,9 +178,12 @@ class _Attempts:
         thought, said = self._thought_and_rest()
         fallback: _Found | None = None
         reasons = list[str]()
-        for kwargs in self._modes(bool(thought)):
-            prompt = self.render(self.before, self.conversation.tools, True, kwargs)
-            for form in self._forms(thought, said):
+        prompts = [
+            (kwargs, self.render(self.before, self.conversation.tools, True, kwargs))
+            for kwargs in self._modes(bool(thought))
+        ]
+        for forms in self._forms(thought, said):
+            for (kwargs, prompt), form in product(prompts, forms):
                 found = self._attempt(prompt, form, kwargs, thought, said)
                 if isinstance(found, str):
                     reasons.append(found)
@@ -178,6 +192,33 @@ class _Attempts:
                 else:
                     fallback = fallback or found
         return fallback or max(reasons, key=_weight)
+
+    def as_context(self) -> dict[str, Any] | None:
+        """The turn as later prompts hold it if it is not learned from; None if the template does not show its calls."""
+        thought, said = self._thought_and_rest()
+        if not self.message.tool_calls and "function_calls" not in self.message.more:
+            return as_given(self.message.as_dict(), self.template)
+        for form in chain(*self._forms(thought, said)):
+            try:
+                closed = self.render(
+                    [*self.before, form.given], self.conversation.tools, False, self.conversation.kwargs
+                )
+            except TemplateLimitError:
+                raise
+            except RENDERING:
+                continue
+            if self._shows_calls(closed):
+                return form.given
+        return None
+
+    def _shows_calls(self, text: str) -> bool:
+        calls, squashed = self.message.tool_calls, _squash(text)
+        extra = self.message.more.get("function_calls")
+        return (
+            all(_shows(text, squashed, leaf) for call in calls for leaf in _leaves(call["function"]))
+            and not _is_escaped(text, calls)
+            and (not isinstance(extra, str) or _squash(extra) in squashed)
+        )
 
     def _thought_and_rest(self) -> tuple[str, str]:
         """(what the turn thinks, the rest of its text); a thought stands apart, or at the start of the content."""
@@ -197,56 +238,51 @@ class _Attempts:
         if self.template.switches and not any(name in kwargs for name in self.template.switches):
             yield {**kwargs, **dict.fromkeys(self.template.switches, thinks)}
 
-    def _forms(self, thought: str, said: str) -> Iterator[_Form]:
-        """The likeliest first."""
+    def _forms(self, thought: str, said: str) -> tuple[list[_Form], list[_Form]]:
+        """(the likely ones, a last resort), each the likeliest first."""
         own = self.message.as_dict()
-        inline = bool(thought) and not self.message.reasoning
-        reads_keys = any(f"{key}" in self.template.source for key in THOUGHT_KEYS)
-        apart = {name: value for name, value in own.items() if name not in THOUGHT_KEYS} | {
-            "content": said.lstrip("\n")
-        }
-        shown = [own]
-        if thought:
-            keyed = [apart | {"reasoning_content": thought.strip("\n") if inline else thought}]
-            keyed += [apart | dict.fromkeys(THOUGHT_KEYS, keyed[0]["reasoning_content"])]
-            if not inline:
-                shown = []
-                keyed = [{**form, "content": said} for form in keyed]
-            knows_tags = any(closer in self.template.source for _, closer in THOUGHTS)
-            if reads_keys and not knows_tags:  # it would write the tags as text
-                shown = [*keyed, *shown]
-            else:
-                shown = [*shown, *(keyed if reads_keys or not shown else [])]
-            if "thinking" in self.template.source:
-                parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said.lstrip("\n")}]
-                shown.append(apart | {"content": parts})
-        for form in shown:
-            form = as_given(form, self.template)
-            if not self.message.tool_calls:
-                yield _Form(form, form)
-            else:
-                yield from self._with_calls(form)
+        if not thought:
+            return self._with_calls([own]), []
+        inline = not self.message.reasoning
+        rest = said.lstrip("\n") if inline else said
+        apart = {name: value for name, value in own.items() if name not in THOUGHT_KEYS} | {"content": rest}
+        key = thought.strip("\n") if inline else thought
+        keyed = [apart | {"reasoning_content": key}, apart | dict.fromkeys(THOUGHT_KEYS, key)]
+        if "thinking" in self.template.source:
+            parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": rest}]
+            keyed.append(apart | {"content": parts})
+        if not inline:
+            return self._with_calls(keyed), []
+        if not any(name in self.template.source for name in THOUGHT_KEYS):
+            return self._with_calls([own]), []
+        if any(closer in self.message.content and closer in self.template.source for _, closer in THOUGHTS):
+            return self._with_calls([own, *keyed]), []
+        return self._with_calls(keyed), self._with_calls([own])  # the template would write the tags as text
 
-    def _with_calls(self, form: dict[str, Any]) -> Iterator[_Form]:
+    def _with_calls(self, shown: list[dict[str, Any]]) -> list[_Form]:
         """Arguments as they were given, as an object, as text; no content as "" or as null; Kimi's names of calls.
 
         A server reads arguments given as text and hands the object to the template: so they stand in the history."""
-        calls = form["tool_calls"]
-        objects, texts = [_with_arguments(call, as_text=False) for call in calls], None
-        if all(call is not None for call in objects):
-            texts = [_with_arguments(call, as_text=True) for call in calls]
-        variants = [calls, *([objects] if objects != calls and None not in objects else [])]
-        variants += [texts] if texts and texts != calls else []
-        contents = [form["content"], None] if form["content"] == "" else [form["content"]]
-        ids = [False, True] if re.search(r"""(\.id\b|\[['"]id['"]\])""", self.template.source) else [False]
-        for named in ids:
-            for variant in variants:
-                for content in contents:
-                    served = objects if None not in objects and variant is calls else variant
-                    yield _Form(
-                        form | {"content": content, "tool_calls": self._named(variant) if named else variant},
-                        form | {"content": content, "tool_calls": self._named(served) if named else served},
-                    )
+        forms = [as_given(form, self.template) for form in shown]
+        calls = list(self.message.tool_calls)
+        if not calls:
+            return [_Form(form, form) for form in forms]
+        read = [_with_arguments(call, as_text=False) for call in calls]
+        objects = [call for call in read if call is not None] if None not in read else calls
+        texts = [call for call in (_with_arguments(call, as_text=True) for call in objects) if call is not None]
+        variants = [(calls, objects), (objects, objects), (texts, texts)]
+        contents = {id(form): [form["content"], None] if form["content"] == "" else [form["content"]] for form in forms}
+        takes_ids = re.search(r"""(\.id\b|\[['"]id['"]\])""", self.template.source)
+        return [
+            _Form(
+                form | {"content": content, "tool_calls": self._named(given) if named else given},
+                form | {"content": content, "tool_calls": self._named(served) if named else served},
+            )
+            for named in ([False, True] if takes_ids else [False])
+            for form in forms
+            for given, served in variants
+            for content in contents[id(form)]
+        ]
 
     def _named(self, calls: Sequence[Any]) -> list[Any]:
         """With ids such as functions.NAME:0, counted through the conversation, which is how Kimi-K2 writes a name."""
@@ -272,6 +308,8 @@ class _Attempts:
             stopped = self._with_stop(rest, closed, form, kwargs, said)
             if stopped is None:
                 return NO_STOP
+        if stopped is not None and _is_dumped(form.given["content"], stopped):
+            return HIDDEN
         if stopped is None:
             return OPENED if opened and not thought else HIDDEN
         behind = rest[len(stopped) :] if rest is not None else ""
@@ -311,7 +349,7 @@ class _Attempts:
         if closed.startswith(prompt):
             return closed[len(prompt) :]
         base = self.render(self.before, self.conversation.tools, False, kwargs)
-        alike = shared(prompt, closed)
+        alike = self._border(prompt, closed)
         if prompt.startswith(base) and alike >= len(base) and prompt != base:
             left, rest = prompt[alike:], closed[alike:]
             if opened:
@@ -332,6 +370,16 @@ class _Attempts:
             return None
         alike = shared(prompt[::-1], head[::-1])
         return closed[len(head) :] if asked.strip() in prompt[len(prompt) - alike :] else None
+
+    def _border(self, prompt: str, closed: str) -> int:
+        """Up to where both are alike, and in no token's middle."""
+        alike = shared(prompt, closed)
+        for token in self.template.tokens:
+            for text in (prompt, closed):
+                at = text.find(token, max(0, alike - len(token) + 1), alike + len(token) - 1)
+                if 0 <= at < alike:
+                    return at
+        return alike
 
     def _with_stop(self, rest: str, closed: str, form: _Form, kwargs: Mapping[str, Any], said: str) -> str | None:
         """The template leaves the last turn open: the stop is what it writes before the next turn, or the target's."""
@@ -381,16 +429,9 @@ class _Attempts:
         told = [thought, said, *(text for call in self.message.tool_calls for text in _leaves(call["function"]))]
         if any(stop in text for stop in self.template.stops for text in told):
             return STOPS
+        if not self._shows_calls(inside):
+            return CALLLESS
         squashed = _squash(inside)
-        if not all(
-            _shows(inside, squashed, text) for call in self.message.tool_calls for text in _leaves(call["function"])
-        ):
-            return CALLLESS
-        if self.message.tool_calls and _is_escaped(inside, self.message.tool_calls):
-            return CALLLESS
-        extra = self.message.more.get("function_calls")
-        if isinstance(extra, str) and _squash(extra) not in squashed:
-            return CALLLESS
         if _squash(thought) not in squashed:
             return THOUGHTLESS
         if _squash(said) not in squashed[squashed.find(_squash(thought)) + len(_squash(thought)) :]:
@@ -419,8 +460,8 @@ def refusal(error: Exception) -> str:
     if isinstance(
         error, TemplateError
     ):  # raised by the template itself, as for roles in an order that it does not know
-        return f"the template refuses it: {str(error)[:80]}"
-    return f"the template cannot take it: {type(error).__name__}: {first_line(error)[:60]}"
+        return f"{REFUSALS[0]}: {str(error)[:80]}"
+    return f"{REFUSALS[1]}: {type(error).__name__}: {first_line(error)[:60]}"
 
 
 def _weight(reason: str) -> int:
@@ -483,6 +524,11 @@ def _squash(text: str) -> str:
 
 
 NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?')
+
+
+def _is_dumped(content: Any, text: str) -> bool:
+    """Whether a template that does not know parts wrote the list of them."""
+    return isinstance(content, list) and any(dump in text for dump in (str(content), json.dumps(content)))
 
 
 def _leaves(function: Mapping[str, Any]) -> list[str]:

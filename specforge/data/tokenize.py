@@ -107,8 +107,10 @@ class ChatTokenizer:
             found = Template(self._rendered, source, _switches(source), as_parts=self._wants_parts(source))
             stops |= self._shown_stops(found, stops)
             self._templates[name] = found
-        ordered = tuple(sorted(stops))
-        self._templates = {name: replace(found, stops=ordered, eos=eos) for name, found in self._templates.items()}
+        ordered, tokens = tuple(sorted(stops)), tuple(token.content for token in self._added.values())
+        self._templates = {
+            name: replace(found, stops=ordered, tokens=tokens, eos=eos) for name, found in self._templates.items()
+        }
 
     def _template_for(self, tools: Sequence[Any]) -> Template:
         """As transformers, and so a server, chooses among named templates."""
