@@ -1,7 +1,7 @@
 """Chat templates of 26 families of targets, small and of our own making, with the features of the public ones: where
 they put system prompts and tools, what they do with thoughts, how they write calls, and who ends a turn."""
 
-# ruff: noqa: E501  # templates: their pieces are easier to read in long lines
+# ruff: noqa: E501, C408  # the pieces of templates are easier to read in long lines
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Family:
     bos: str = ""
 
 
+# Pieces of text as most of these targets cut it: a run of newlines is one
+PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TAGS = ("<think>", "</think>")
 IM = ("<|im_start|>", "<|im_end|>")
 JSON_CALL = """'<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments if c.function.arguments is string else c.function.arguments | tojson) + '}\\n</tool_call>'"""
@@ -505,7 +507,7 @@ def make(name: str, folder: Path) -> ChatTokenizer:
     named = {"eos_token": family.eos} | ({"bos_token": family.bos} if family.bos else {})
     newlines = ["two cats.\n\none dog.\n\n\n"] * 50  # runs of newlines become tokens, so that borders could fuse
     tokenizer = tiny.tokenizer(
-        *family.special, plain=family.plain, more_text=newlines, chat_template=family.template, **named
+        *family.special, plain=family.plain, more_text=newlines, split=PIECES, chat_template=family.template, **named
     )
     tokenizer.save_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(list(family.ends or (family.eos,)))

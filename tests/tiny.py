@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
@@ -118,12 +118,16 @@ def write_token_rows(folder: Path, train: int, test: int) -> None:
 
 
 def tokenizer(
-    *more_special: str, plain: Sequence[str] = (), more_text: Sequence[str] = (), **settings: str
+    *more_special: str, plain: Sequence[str] = (), more_text: Sequence[str] = (), split: str = "", **settings: str
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE with ChatML's special tokens and `more_special`, and added tokens that are not special; trained
-    on `more_text`, too. `settings` as eos_token, chat_template."""
+    on `more_text`, too. `split`: a pattern of pieces in place of GPT-2's. `settings` as eos_token, chat_template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split:
+        pieces = pre_tokenizers.Split(Regex(split), "isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_alone])
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_special]
     trainer = trainers.BpeTrainer(

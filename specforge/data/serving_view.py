@@ -85,6 +85,8 @@ class Turn:
     prompt: str
     completion: str
     behind: str = ""  # what the template writes behind the stop; nobody reads it if the conversation ends here
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # with which the prompt was rendered
+    before: int = 0  # turns of the conversation in the prompt
 
 
 @dataclass(slots=True)
@@ -264,9 +266,16 @@ class _Attempts:
 
         A server reads arguments given as text and hands the object to the template: so they stand in the history."""
         forms = [as_given(form, self.template) for form in shown]
+        # a server knows one key for thoughts
+        servable = [
+            {name: value for name, value in form.items() if name not in THOUGHT_KEYS[1:]}
+            if "thinking" in form
+            else form
+            for form in forms
+        ]
         calls = list(self.message.tool_calls)
         if not calls:
-            return [_Form(form, form) for form in forms]
+            return [_Form(form, other) for form, other in zip(forms, servable, strict=True)]
         read = [_with_arguments(call, as_text=False) for call in calls]
         objects = [call for call in read if call is not None] if None not in read else calls
         texts = [call for call in (_with_arguments(call, as_text=True) for call in objects) if call is not None]
@@ -276,10 +285,10 @@ class _Attempts:
         return [
             _Form(
                 form | {"content": content, "tool_calls": self._named(given) if named else given},
-                form | {"content": content, "tool_calls": self._named(served) if named else served},
+                other | {"content": content, "tool_calls": self._named(served) if named else served},
             )
             for named in ([False, True] if takes_ids else [False])
-            for form in forms
+            for form, other in zip(forms, servable, strict=True)
             for given, served in variants
             for content in contents[id(form)]
         ]
@@ -320,7 +329,9 @@ class _Attempts:
         if reason:
             return reason
         history = form.given if form.served is form.given else self._served(form, kwargs)
-        return _Found(Turn(prompt, stopped, behind), history, not thought and _thinks_nothing(stopped))
+        return _Found(
+            Turn(prompt, stopped, behind, kwargs, len(self.before)), history, not thought and _thinks_nothing(stopped)
+        )
 
     def _served(self, form: _Form, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:

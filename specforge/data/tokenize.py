@@ -284,7 +284,8 @@ class ChatTokenizer:
         return self._added[index].content if index in self._added else str(self.backend.decode([index]))
 
     def _shown_stops(self, template: Template, known: set[str]) -> set[str]:
-        """The token behind an answer, if no stop that is known stands there: the template's own end of turn."""
+        """The token behind an answer, the template's own end of turn, if no stop that is known stands there, either in
+        the last turn or between it and the next."""
         special = [token.content for token in self._added.values() if token.special]
 
         def behind(*more: dict[str, Any]) -> str:
@@ -296,11 +297,10 @@ class ChatTokenizer:
             found = [token for token in special if text.startswith(token)]
             return {max(found, key=len)} if found else set()
 
-        tail = behind()
-        if any(stop in tail for stop in known) or first(tail):
-            return set() if any(stop in tail for stop in known) else first(tail)
-        tail, header = behind(ASKED), self._probe(template, [ASKED])
-        return set() if any(stop in tail for stop in known) else {one for one in first(tail) if one not in header}
+        last, earlier = behind(), behind(ASKED)
+        if first(last) & known or any(stop in (earlier or last) for stop in known):
+            return set()
+        return first(last) or first(earlier) - first(self._probe(template, [ASKED]))
 
     def _probe(
         self, template: Template, turns: Sequence[dict[str, Any]], open_turn: bool = False, **kwargs: Any
@@ -487,12 +487,13 @@ class ChatTokenizer:
         return self._clean[0] + text if self._clean else text
 
     def _border(self, turn: Turn) -> str:
-        """The end of a prompt together with the completion, as a later prompt holds them."""
-        at = max((turn.prompt.rfind(text) + len(text) for text in self._clean if text in turn.prompt), default=0)
-        tail = turn.prompt[at:]
-        if not tail:
-            return self._alone(turn)
-        return (self._clean[0] if at else "") + tail + turn.completion
+        """The end of a prompt together with the completion, as a later prompt holds them, from the last token on that
+        cuts the text. Only a turn that ends in such a token has one."""
+        ends = [(turn.prompt.rfind(text) + len(text), text) for text in self._clean if text in turn.prompt]
+        if not ends:
+            return self._clean[0] + turn.prompt + turn.completion
+        at, text = max(ends)
+        return text + turn.prompt[at:] + turn.completion
 
     def _rows(self, view: View, encoded: Mapping[str, list[int]]) -> list[tuple[_Row, str]]:
         """The rows of a conversation, each with the reason why it did not go on in the one before."""
@@ -504,7 +505,7 @@ class ChatTokenizer:
                 rows.append((_Row(list(encoded[turn.prompt])), ""))
             else:
                 row, goes_on = rows[-1][0], self._goes_on(before, turn)
-                if goes_on and _ends_with(encoded[self._border(before)], row.written):
+                if goes_on and _ends_with(row.ids, encoded[self._border(before)][skip:]):
                     row.extend(encoded[self._behind_stop(before, turn)][1:], False)
                 else:
                     prompt = self._encode(turn.prompt) if goes_on else list(encoded[turn.prompt])
@@ -526,7 +527,6 @@ class _Row:
     ids: list[int]
     mask: list[bool] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)  # where each supervised turn ends
-    written: list[int] = field(default_factory=list)  # tokens of the last completion
     behind: list[int] = field(default_factory=list)  # what the template writes behind it
 
     def extend(self, ids: list[int], supervised: bool) -> None:
@@ -534,7 +534,7 @@ class _Row:
         self.ids += ids
         self.mask += [supervised] * len(ids)
         if supervised:
-            self.written, self.behind = ids, []
+            self.behind = []
             self.ends.append(len(self.ids))
 
 

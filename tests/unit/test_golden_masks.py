@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
-from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from specforge.config import DataSettings
 from specforge.data.formats import parse
-from specforge.data.spans import regular_spans, turn_by_turn
 from specforge.data.tokenize import TEMPLATES, ChatTokenizer
 from tests import tiny
+from tests.rows import shown as rows_shown
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = {  # special tokens beside those of every tiny tokenizer, and which of them are named
@@ -48,9 +45,6 @@ FAMILIES = {  # special tokens beside those of every tiny tokenizer, and which o
         {"eos_token": "<|return|>"},
     ),
 }
-
-
-SHORT = {"chatml", "llama3", "gemma", "deepseek"}  # the others open a turn with more than their generation prompt
 
 
 def turns(*texts: str) -> list[dict[str, object]]:
@@ -100,18 +94,13 @@ def chat_of(family: str, folder: Path) -> ChatTokenizer:
 
 
 def shown(chat: ChatTokenizer, messages: list[dict[str, object]], rules: DataSettings) -> str:
-    """The conversation decoded from its tokens, with ⟦ ⟧ around the supervised ones; or why it is dropped."""
+    """Its rows decoded, with ⟦ ⟧ around the supervised tokens, and what was left out; or why it is dropped."""
     _, conversation = parse({"conversations": messages}, "c")
-    [masked] = chat.examples([conversation], rules)
-    if isinstance(masked, str):
-        return f"dropped: {masked}"
-    ids_T, mask_T = masked
-    edges = [0, *(np.flatnonzero(np.diff(mask_T)) + 1).tolist(), len(ids_T)]
-    text = ""
-    for first, last in pairwise(edges):
-        piece = chat.tokenizer.decode(ids_T[first:last])
-        text += f"⟦{piece}⟧" if mask_T[first] else piece
-    return text
+    [found] = chat.examples([conversation], rules)
+    if isinstance(found, str):
+        return f"dropped: {found}"
+    rows = "\n--- a further row\n".join(rows_shown(chat, masked) for masked in found.masked)
+    return rows + "".join(f"\n--- not learned from: {turns} {reason}" for reason, turns in found.left_out.items())
 
 
 def golden(family: str) -> dict[str, str]:
@@ -128,33 +117,17 @@ def test_masks_are_those_that_were_checked_by_hand(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_short_way_finds_what_the_long_way_finds(family, tmp_path):
-    chat, short = chat_of(family, tmp_path), 0
-    for messages in CASES.values():
-        _, conversation = parse({"conversations": messages}, "c")
-        dicts = [message.as_dict() for message in conversation.messages]
-        try:
-            text = chat.render(dicts)
-        except TemplateError:
-            continue
-        spans = regular_spans(chat._template, conversation, dicts, text)
-        if spans is not None:
-            short += 1
-            assert turn_by_turn(chat._template, conversation, dicts, text) == (text, spans)
-    assert (short > 8) == (family in SHORT)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_turn_alone(family, tmp_path):
-    """The same text, and of its supervised spans only the last is left."""
+    """The last row, with no more of it supervised than the last turn."""
     chat, expected = chat_of(family, tmp_path), golden(family)
     for name, messages in CASES.items():
-        before, *_, last = re.split(r"(?=⟦)", expected[name]) if "⟦" in expected[name] else [expected[name], ""]
         found = shown(chat, messages, DataSettings(max_length=4096, train_on="last-turn"))
-        if before.startswith("dropped") or not re.search(r"⟦..", last):
+        rows, *notes = expected[name].split("\n--- not learned from")
+        last_row = rows.split("\n--- a further row\n")[-1]
+        if "dropped" in found or notes or last_row.startswith("dropped"):
             continue
-        plain = expected[name].removesuffix(last).replace("⟦", "").replace("⟧", "")
-        assert found == plain + last, name
+        before, _, last = last_row.rpartition("⟦")
+        assert found == before.replace("⟦", "").replace("⟧", "") + "⟦" + last, name
 
 
 def main() -> None:
