@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from specforge.alignment import teacher_rows
 from specforge.errors import EngineError, OutOfMemoryError, first_line, is_out_of_memory
 from specforge.records import DecodeSession, Example, FeatureRecord, Prompt, Ranks, Sampling, TargetInfo
-from specforge.target import teacher
+from specforge.target import same_head, teacher
 from specforge.target.sampling import ended, generator, next_tokens
 
 # Where SGLang, which serves, hands on something else than a layer's output: the part of the layer whose output it is.
@@ -129,6 +129,9 @@ class HfEngine:
         if not (torch.isfinite(aux).all() and torch.isfinite(last).all()):
             raise EngineError("the target's states are not finite", where=self.info.path, fix="try --dtype float32")
         teacher.check_logits(logits, self.info)
+        embedding = self._model.get_input_embeddings()
+        rows_nH = embedding(same_head.sampled(self.info.vocab_size).to(self.device)) if embedding else None
+        same_head.check(self.info, rows_nH, last, logits)
 
     def close(self) -> None:
         del self._model

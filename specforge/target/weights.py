@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig
 
 from specforge.errors import ConfigError, EngineError, first_line
@@ -132,19 +134,29 @@ def loaded_bytes(info: TargetInfo, dtype: torch.dtype) -> int:
 
 def load_head(info: TargetInfo, dtype: torch.dtype) -> TargetHead:
     """Embedding and output head, from the one or two tensors that hold them."""
+    return _head_of(info, lambda file, name: file.get_tensor(name).to(dtype))
+
+
+def sample_head(info: TargetInfo, ids_n: Tensor) -> TargetHead:
+    """The same for some tokens: rows [n, H] in float32, of which no others are read."""
+    rows = ids_n.tolist()
+    return _head_of(info, lambda file, name: torch.cat([file.get_slice(name)[row : row + 1] for row in rows]).float())
+
+
+def _head_of(info: TargetInfo, read: Callable[[Any, str], Tensor]) -> TargetHead:
     folder = Path(info.path)
     where = {entry.name: file for file, entries in headers(folder) for entry in entries}
 
-    def tensor(suffix: str) -> torch.Tensor | None:
+    def tensor(suffix: str) -> Tensor | None:
         names = [name for name in where if re.search(rf"(^|\.){re.escape(suffix)}$", name) and not OTHERS.search(name)]
         if not names:
             return None
         name = min(names, key=len)
         with safe_open(where[name], framework="pt") as file:
-            return file.get_tensor(name).to(dtype)
+            return read(file, name)
 
     embedding_VH = tensor("embed_tokens.weight")
-    if embedding_VH is None or tensor("lm_head.bias") is not None:
+    if embedding_VH is None or any(name.endswith("lm_head.bias") for name in where):
         raise EngineError(
             "the target's embedding or head has an unusual form (no embed_tokens.weight, or a head with a bias)",
             where=str(folder),

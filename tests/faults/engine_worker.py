@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from specforge import console, launch
 from specforge.config import EngineSettings
+from specforge.errors import EngineError
 from specforge.features import aside
 from specforge.features.passes import Passes
 from specforge.pipeline.shared import watched
 from specforge.records import Example, FeatureRecord
 from specforge.target import engine as engines
-from specforge.target import weights
+from specforge.target import same_head, weights
 
 LONG, SHORT, COUNT = 8000, 480, 50
 
@@ -75,6 +77,26 @@ def halved(engine) -> dict:
         too_large += [at for at, record in found if record == aside.TOO_LARGE]
         captured += [record.sample_id for _, record in found if isinstance(record, FeatureRecord)]
     return {"passes": passes, "set_aside": too_large, "captured": sorted(captured)}
+
+
+def another_head(target: str, engine_name: str, name: str, tp_size: str) -> dict:
+    """One row of the tensor `name` becomes another one in the file, after the engine has loaded it."""
+    ranks = launch.join(int(tp_size))
+    settings = EngineSettings(engine=engine_name, tp_size=int(tp_size))
+    engine = engines.load(settings, weights.describe(target), ranks)
+    dist.barrier()
+    if ranks.rank == 0:
+        file = Path(target) / "model.safetensors"
+        tensors = load_file(file)
+        row = int(same_head.sampled(len(tensors[name]))[20])
+        tensors[name][row] = torch.randn_like(tensors[name][row]) * tensors[name][row].std()
+        save_file(tensors, file, metadata={"format": "pt"})
+    dist.barrier()
+    try:
+        engine.self_check()
+    except EngineError as error:
+        return {"said": str(error)}
+    return {"said": ""}
 
 
 def a_rank_that_hangs(folder: str, timeout_s: str) -> dict:

@@ -259,6 +259,27 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_written(tmp_path):
     assert time.monotonic() - began < TIMEOUT_S + 30  # with start and end of the processes
 
 
+@pytest.mark.parametrize(
+    ("engine", "name", "ranks"),
+    [
+        ("sglang", "model.embed_tokens.weight", 1),
+        ("sglang", "model.embed_tokens.weight", 2),
+        ("sglang", "lm_head.weight", 2),
+        ("hf", "model.embed_tokens.weight", 1),
+        ("hf", "lm_head.weight", 1),
+    ],
+)
+@fault(
+    "the engine runs with another embedding or head than the files hold, if in one row of 64",
+    "refused when the target is loaded",
+)
+def test_an_embedding_or_a_head_that_is_not_the_engines_is_found(tmp_path, engine, name, ranks):
+    target = tiny.make_target(tmp_path / "target")
+    said = result(worker("another_head", target, engine, name, ranks, ranks=ranks))["said"]
+    part = "embedding" if "embed" in name else "output head"
+    assert f"the engine's {part} is not the one in the target's files" in said
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

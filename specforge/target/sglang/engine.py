@@ -32,7 +32,7 @@ from specforge.records import (
     Sampling,
     TargetInfo,
 )
-from specforge.target import teacher
+from specforge.target import same_head, teacher
 from specforge.target.sampling import ended, generator, next_tokens
 from specforge.target.sglang import names as sgl
 from specforge.target.sglang.layers import LayerHooks
@@ -233,6 +233,16 @@ class SglangEngine:
         """See the protocol. On a GPU kernels and reductions depend on the number of tokens, up to 2,048 of them."""
         for length in (16, min(2049, self.tokens_per_batch)) if self.device.type == "cuda" else (16,):
             self._check_pass(length)
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Some short sequences, and what the engine makes of the last state of each."""
+        count, length = same_head.STATES, 4
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, self.info.vocab_size, (count, length), generator=generator).tolist()
+        self._hook.rows = self._on_device(torch.arange(1, count + 1) * length - 1)
+        emitted_kV = self._prefill(ids).float()
+        same_head.check(self.info, self._embedded(), self._hook.last, emitted_kV, capped=not self._hook.softcaps)
 
     def _check_pass(self, length: int) -> None:
         """One prefill. Catches deferred all-reduces (partial sums) and a wrong head."""
@@ -256,6 +266,16 @@ class SglangEngine:
             dist.all_gather(every, states, group=group)
             if not all(torch.equal(states, other) for other in every):
                 raise EngineError("the tensor-parallel ranks hold different states", where=self.info.path, fix=fix)
+
+    def _embedded(self) -> Tensor | None:
+        """The embedding's rows for the sampled tokens; None for a model that has none of the usual kind."""
+        ids_n = self._on_device(same_head.sampled(self.info.vocab_size))
+        for module in self._runner.model.modules():
+            whole = isinstance(module, sgl.VocabParallelEmbedding) and not isinstance(module, sgl.ParallelLMHead)
+            if whole and (module.org_vocab_size, module.embedding_dim) == (self.info.vocab_size, self.info.hidden_size):
+                with torch.no_grad():
+                    return module(ids_n)
+        return None
 
     def close(self) -> None:
         self._clear()

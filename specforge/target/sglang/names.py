@@ -10,6 +10,7 @@ from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
 from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -25,6 +26,7 @@ __all__ = [
     "LlamaForCausalLMEagle3",
     "LogitsMetadata",
     "LogitsProcessor",
+    "ParallelLMHead",
     "PortArgs",
     "RadixAttention",
     "Req",
@@ -34,6 +36,7 @@ __all__ = [
     "SpawnRanks",
     "SpeculativeAlgorithm",
     "TreeCacheNamespace",
+    "VocabParallelEmbedding",
     "forward_context",
     "get_schedule",
     "get_tp_group",
