@@ -118,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         chat = self.chat
         if chat.chunks is not None:
             for chunk in chat.chunks:
+                time.sleep(chat.pause)
                 self.chunk(chunk)
             self.write(b"data: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")

@@ -604,8 +604,9 @@ def _switches(source: str) -> tuple[str, ...]:
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
     try:
-        undeclared = meta.find_undeclared_variables(environment.parse(plain))
-    except (*RENDERING, MemoryError):
+        with limited():  # it folds constants
+            undeclared = meta.find_undeclared_variables(environment.parse(plain))
+    except RENDERING:
         return ()
     return tuple(name for name in SWITCHES if name in undeclared)
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,6 +104,43 @@ def test_what_was_not_answered_is_recorded(work):
     assert truncated
     assert all("<|endoftext|>" in row["produced"] for row in special)
     assert all(len(row["produced"].replace("<|endoftext|>", " x").split()) == LONGEST for row in truncated)
+
+
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+
+
+def test_every_finished_answer_of_a_target_whose_prompt_opens_a_thought_is_prepared(tmp_path):
+    """The template drops thoughts from the history and the answer closes none that stands in it: no way through text.
+    The tokens that the target was fed and wrote are kept, so all of it can be learned from."""
+    tiny.make_talker(tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").write_text(OPENS_A_THOUGHT)
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.conversations(40, turns=2))
+    run(embedded("answers.jsonl"), tmp_path)
+    answered = {row["id"]: row for row in rows(tmp_path / "answers.jsonl")}
+    assert len(answered) > 20
+    prepare = (
+        "prepare-data --dataset answers.jsonl --model-path target --output data --min-exchanges 1 --test-share 0.2"
+    )
+    run(command(*prepare.split()), tmp_path)
+    report = json.loads((tmp_path / "data" / "report.json").read_text())
+    gone = {"exact duplicate", "near-duplicate of a held-out conversation"}
+    assert set(report["dropped"]) <= gone
+    assert report["kept"] == len(answered) - sum(report["dropped"].values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    learned = dict[str, list[str]]()
+    for side in ("train", "test"):
+        for row in rows(tmp_path / "data" / f"{side}.jsonl"):
+            ids, mask = np.array(row["input_ids"]), np.array(row["loss_mask"])
+            edges = np.flatnonzero(np.diff(mask, prepend=0, append=0))
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n<think>\n")
+                learned.setdefault(row["id"].split("#")[0], []).append(tokenizer.decode(ids[first:last]))
+    for name, texts in learned.items():
+        turns = [turn["content"] for turn in answered[name]["conversations"] if turn["role"] == "assistant"]
+        assert texts == [text + "<|im_end|>" for text in turns]
 
 
 @pytest.mark.proof

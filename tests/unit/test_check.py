@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from specforge import cli
 from specforge.draft import folder as draft_folder
+from specforge.draft import inspection, layouts
 from specforge.draft.model import DraftConfig, Eagle3Draft
 from specforge.evaluate.agreement import agreement
 from specforge.records import FeatureRecord
@@ -166,13 +167,11 @@ def test_every_fault_is_listed(copy, work):
 
 
 @pytest.mark.parametrize("command", ["check", "export"])
-@pytest.mark.parametrize("kind", ["truncated", "pickle", "pickle only", "no config", "no weights", "odd ids", "absent"])
+@pytest.mark.parametrize("kind", ["truncated", "pickle only", "no config", "no weights", "odd ids", "absent"])
 def test_what_cannot_be_read_is_one_message(copy, work, tmp_path, command, kind):
     file = copy / "model.safetensors"
     if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-1000])
-    elif kind == "pickle":
-        torch.save({}, copy / "pytorch_model.bin")
     elif kind == "pickle only":
         torch.save(load_file(file), copy / "pytorch_model.bin")
         file.unlink()
@@ -188,12 +187,49 @@ def test_what_cannot_be_read_is_one_message(copy, work, tmp_path, command, kind)
         code, said = check(copy, work)
     else:
         code, said = run("export", copy, "--to", "safeailab", "--output", tmp_path / "out")
-    words = {"truncated": "cut short", "pickle": "never loaded", "pickle only": "never loaded", "odd ids": "no list of"}
+    words = {"truncated": "cut short", "pickle only": "never loaded", "odd ids": "no list of"}
     assert code == 2, said
     assert words.get(kind, "") in " ".join(said.split())
     assert said.count("where:") == 1
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "pytorch_model.bin"])
+def test_pickles_beside_safetensors_are_ignored_with_a_note(copy, capsys, name):
+    """Every trainer of transformers leaves one."""
+    (copy / name).write_bytes(b"never opened")
+    assert layouts.read(copy).tensors.keys() == load_file(copy / "model.safetensors").keys()
+    assert f"{name} in {copy} are pickles: they are ignored" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_draft_with_d2t_alone_gets_its_t2d(copy):
+    """Servers read no more than that."""
+    whole = layouts.read(copy)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["t2d"]
+    save_file(tensors, copy / "model.safetensors")
+    found = layouts.read(copy)
+    assert torch.equal(found.tensors["t2d"], whole.tensors["t2d"])
+    assert not list(inspection.of_folder(found)["keys"])
+    assert torch.equal(draft_folder.load(copy, torch.float32)[1], torch.nonzero(whole.tensors["t2d"]).squeeze(1))
+
+
+@pytest.mark.parametrize("layout", ["sglang", "speculators"])
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"type": "linear", "factor": 2.0}])
+def test_a_theta_inside_rope_scaling_is_the_drafts(tmp_path, layout, scaling):
+    own = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+        "rope_scaling": scaling | {"rope_theta": 5e5},
+    }
+    raw = {"architectures": ["LlamaForCausalLMEagle3"], **own}
+    if layout == "speculators":
+        raw = {"speculators_model_type": "eagle3", "transformer_layer_config": own}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": 10000.0}))
+    save_file({"fc.weight": torch.zeros(64, 192)}, tmp_path / "model.safetensors")
+    assert layouts.read(tmp_path).config["rope_parameters"]["rope_theta"] == 5e5
 
 
 # Layouts

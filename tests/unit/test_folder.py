@@ -261,7 +261,7 @@ def test_a_missing_key_is_named(folder, name):
     assert name in refused(folder).what
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "t2d"])  # servers make that one from d2t
 def test_a_missing_tensor_is_named(folder, name):
     """SGLang leaves what is missing at its random start without a word."""
     content = load_file(folder / "model.safetensors")

@@ -22,6 +22,7 @@ from specforge import cli
 from specforge.data import regenerate_server
 from specforge.data.dialogue import Dialogue, seed_of
 from specforge.data.finished import Finished
+from specforge.data.formats import parse, to_row
 from specforge.data.regenerate_server import ServerRegenerator
 from specforge.endpoint import model_name
 from specforge.errors import ConfigError, EngineError
@@ -394,6 +395,30 @@ def test_reasoning_stays_apart_and_tools_are_offered(serve):
     assert [message.reasoning for message in found.conversation.messages] == [None, "so", None, "so"]
     assert server.requests[1]["tools"] == [{"name": "f"}]
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "b", "reasoning_content": "so"}
+
+
+def test_reasoning_may_have_its_newer_name(serve):
+    server = serve(lambda request, number: (200, completion("b", reasoning="so")))
+    given = Conversation(id="c", messages=(Message(role="user", content="a"),), kwargs={"enable_thinking": True})
+    (found,) = ask(server, [given])
+    assert found.conversation.messages[1].reasoning == "so"
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+def test_exact_tokens_go_on_in_a_row_as_long_as_the_prompt_does():
+    turns = tuple(Message(role="user", content=text) for text in "abc")
+    dialogue = Dialogue(0, Conversation(id="c", messages=turns), "hash")
+    fed = ([1, 2], [1, 2, 3, 4, 5], [1, 9])  # the third prompt is another text
+    for asked, written in zip(fed, ([3, 4], [6], [7, 8]), strict=True):
+        assert dialogue.asked() is not None
+        dialogue.answer(Message(role="assistant", content="x"), len(written), [], (asked, written))
+    found = dialogue.outcome().conversation
+    assert found.tokenizer_hash == "hash"
+    assert [(row.token_ids, row.loss_mask) for row in found.rows] == [
+        ([1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1]),
+        ([1, 9, 7, 8], [0, 0, 1, 1]),
+    ]
+    assert parse(json.loads(json.dumps(to_row(found))), "c")[1] == found
 
 
 def test_at_a_temperature_each_turn_has_its_own_seed(serve):

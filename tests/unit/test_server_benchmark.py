@@ -159,6 +159,14 @@ def test_times_are_those_of_the_stream():
     assert reply.accepted is None
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "tool_calls"])
+def test_the_first_token_may_be_a_thought(key):
+    first = {"choices": [{"delta": {key: "hm"}}]}
+    with chatting(Chat(pause=0.05, chunks=[first, TEXT, TEXT, USAGE])) as chat:
+        [reply] = asked(chat, question("one"))
+    assert reply.seconds - reply.first >= 2 * 0.05  # the server pauses before each chunk
+
+
 def test_so_many_questions_run_at_once():
     with chatting(Chat(pause=0.05)) as chat:
         assert len(asked(chat, *[question(str(n)) for n in range(9)], at_once=3, temperature=0.5)) == 9

@@ -132,9 +132,14 @@ def test_a_cache_in_pages_is_refused_where_paths_are_kept(monkeypatch):
 def test_a_gpu_is_checked_with_a_long_pass_too(device, room, lengths):
     """SGLang reduces up to 2,048 tokens in another way than more."""
     checked = []
-    engine = SimpleNamespace(device=torch.device(device), tokens_per_batch=room, _check_pass=checked.append)
+    engine = SimpleNamespace(
+        device=torch.device(device),
+        tokens_per_batch=room,
+        _check_pass=checked.append,
+        _check_head=lambda: checked.append("head"),
+    )
     SglangEngine.self_check(engine)
-    assert checked == lengths
+    assert checked == [*lengths, "head"]
 
 
 @pytest.mark.parametrize(

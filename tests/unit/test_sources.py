@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from specforge.data import lines as reading
-from specforge.data.lines import MAX_VALUE, lines
+from specforge.data.lines import MAX_VALUE, dumped, lines, parsed
 from specforge.data.sources import choose_train, dataset_name, resolve
 from specforge.errors import ConfigError, DataError
 from tests import hub_server
@@ -78,6 +78,22 @@ def test_a_parquet_file_may_hold_what_json_does_not(tmp_path):
     [row] = values(tmp_path / "rows.parquet")
     assert row["id"] == 1
     assert row["share"] is None
+
+
+def test_keys_that_only_other_rows_have_are_absent(tmp_path):
+    """Arrow gives all structs of a column the same keys."""
+    calls = [{"arguments": {"x": 0, "city": None}}, {"arguments": {"x": None, "city": "Linz"}}]
+    rows = [{"messages": [{"content": "", "calls": [one, one]}]} for one in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [json.loads(line) for _, line in lines(tmp_path / "rows.parquet")]
+    assert [row["messages"][0]["calls"][1]["arguments"] for row in found] == [{"x": 0}, {"city": "Linz"}]
+
+
+def test_long_integers_keep_their_digits(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 12345678901234567890123}\n')
+    [(_, line)] = lines(tmp_path / "rows.jsonl")
+    assert parsed(line) == {"a": 12345678901234567890123}
+    assert parsed(dumped(parsed(line))) == {"a": 12345678901234567890123}
 
 
 def test_the_longest_line_is_read_and_a_longer_one_is_marked(tmp_path):

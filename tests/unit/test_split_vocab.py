@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge.data import vocab
-from specforge.data.formats import Text, Tokens
+from specforge.data.formats import Text, Tokens, parse
 from specforge.data.split import HeldOutIndex, content_hash, held_out, prompt_hash, prompt_key, shingles
 from specforge.records import Conversation, Message
 
@@ -65,6 +65,29 @@ def test_exact_duplicates_go_and_the_first_of_each_stays_in_order():
     for row in rows:
         seen.setdefault(content_hash(row), row.id)
     assert list(seen.values()) == ["1", "2", "5", "6", "7", "8", "9"]
+
+
+def test_the_same_turns_with_other_tools_or_arguments_are_other_rows():
+    turns = [{"role": "user", "content": "Play"}, {"role": "assistant", "content": "I cannot."}]
+    tools = [[{"type": "function", "function": {"name": name}}] for name in ("weather", "move")]
+    more = [{}, *({"tools": given} for given in tools), {"chat_template_kwargs": {"enable_thinking": False}}]
+    hashes = [content_hash(parse({"messages": turns, **extra}, "x")[1]) for extra in more]
+    assert len(set(hashes)) == 4
+    assert content_hash(parse({"messages": turns, **more[1]}, "y")[1]) == hashes[1]
+
+
+CHINESE = "请告诉我城里有哪些值得参观的名胜古迹"
+JAPANESE = "町で見る価値のある場所を教えてください"
+THAI = "ช่วยบอกสถานที่ที่ควรไป"
+
+
+@pytest.mark.parametrize("text", ["Tell me which sights of the town are worth a visit, try ", CHINESE, JAPANESE, THAI])
+def test_near_duplicates_are_found_in_scripts_without_spaces(text):
+    one, two = (shingles(conversation(text + end, text[::-1] + end)) for end in ("1", "2"))
+    other = shingles(conversation(text[::-1], "2"))
+    index = HeldOutIndex.of([one])
+    assert index.leaks(two)
+    assert not HeldOutIndex.of([shingles(conversation("quite another thing", "yes, one"))]).leaks(other)
 
 
 def test_rows_of_tokens_and_of_formatted_text_are_told_apart_by_all_that_they_hold():
