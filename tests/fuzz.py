@@ -344,6 +344,14 @@ def rows(source: Source, case: Path) -> Steps:
             turns[1]["reasoning_content"] = "hm"
             turns[3] |= {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]}
             row["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]
+    if source.random() < 0.5:  # what else a row may hold
+        exact = [{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}]
+        whole[4] |= {"rows": exact, "tokenizer_hash": ChatTokenizer(target).fingerprint}
+        whole[5] |= {"chat_template_kwargs": {"enable_thinking": False}, "loss_mask": [0, 0, 0, 1]}
+        turns = whole[6]["conversations"]
+        turns[1] |= {"content": "", "function_call": {"name": "f", "arguments": '{"a": 1e3}'}, "weight": 0}
+        turns[3]["content"] = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "</think>yes"}]
+        whole.append({"instruction": "a", "output": "b", "history": [["c", "d"]], "reasoning": "e"})
     if source.random() < 0.2:
         whole = [{"prompt": "a", "response": "b"}, *whole]
     tokens = [{"id": str(n), "input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]} for n in range(4)]
@@ -360,7 +368,8 @@ def rows(source: Source, case: Path) -> Steps:
         content = changed(source, content) if source.random() < 0.5 else content
     elif kind < 0.3:
         name = "rows.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), case / name)
+        plain = [row for row in whole if all(isinstance(turn["content"], str) for turn in row.get("conversations", []))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), case / name)
         content = changed(source, (case / name).read_bytes())
     (case / name).write_bytes(content)
     templates = (None, None, "qwen3", "mistral", "deepseek", "gpt-oss", "gemma")
