@@ -256,7 +256,7 @@ class _Attempts:
         if not inline:
             return self._with_calls(keyed), []
         if not any(name in self.template.source for name in THOUGHT_KEYS):
-            return self._with_calls([own]), []
+            return self._with_calls([own]), self._with_calls(keyed[:1])
         if any(closer in self.message.content and closer in self.template.source for _, closer in THOUGHTS):
             return self._with_calls([own, *keyed]), []
         return self._with_calls(keyed), self._with_calls([own])  # the template would write the tags as text
@@ -323,9 +323,11 @@ class _Attempts:
             return OPENED if opened and not thought else HIDDEN
         behind = rest[len(stopped) :] if rest is not None else ""
         reason = self._wrong(stopped, opened, thought, said)
-        if reason == THOUGHTLESS and opened and not self.message.reasoning and not self.message.tool_calls:
-            stopped = self._as_written(stopped, prompt, said)
-            reason = self._wrong(stopped, opened, thought, said)
+        if reason in (THOUGHTLESS, TWICE) and not self.message.tool_calls:
+            for other in self._restored(stopped, prompt, opened, thought, said):
+                if self._wrong(other, opened, thought, said) is None:
+                    stopped, reason = other, None
+                    break
         if reason:
             return reason
         history = form.given if form.served is form.given else self._served(form, kwargs)
@@ -354,7 +356,7 @@ class _Attempts:
         return behind
 
     def _written(
-        self, prompt: str, closed: str, form: _Form, kwargs: Mapping[str, Any], thinks: bool, opened: bool
+        self, prompt: str, closed: str, form: _Form, kwargs: Mapping[str, Any], thinks: bool, opened: str
     ) -> str | None:
         """What stands behind the hand-over in the render with the turn; None if that is not certain."""
         if closed.startswith(prompt):
@@ -420,20 +422,27 @@ class _Attempts:
         end = at if said.strip() in rest and not rest[at:].strip() else len(rest)
         return rest[:end] + self.template.eos
 
-    def _as_written(self, stopped: str, prompt: str, said: str) -> str:
-        """The template takes the thought out of the turn, and the prompt opens it: the content itself is what the
-        target wrote, behind what the prompt already holds."""
-        content = self.message.content
-        for opener, closer in THOUGHTS:
-            inside, found, _ = content.partition(closer)
-            if found and inside.lstrip().startswith(opener):
-                content = content.lstrip().removeprefix(opener)
-                space = prompt[len(prompt.rstrip()) :]
-                content = content.removeprefix(space) if space else content
+    def _restored(self, stopped: str, prompt: str, opened: str, thought: str, said: str) -> Iterator[str]:
+        """The template takes the thought out of the turn. If it writes an empty thought in its place, the thought
+        belongs there. If the turn's text holds it in the tags that the prompt opens, or that the template knows, the
+        text is what the target wrote, less what the prompt already holds."""
         at = stopped.rfind(said.strip()) + len(said.strip())
-        return content.rstrip() + stopped[at:]
+        for opener, closer in THOUGHTS:
+            empty = re.match(rf"\s*{re.escape(opener)}(\s*){re.escape(closer)}", stopped[:200])
+            if empty:
+                middle = empty.start(1) + len(empty[1]) // 2
+                yield stopped[:middle] + thought.strip() + stopped[middle:]
+            content = self.message.content
+            inside, found, _ = content.partition(closer)
+            if not found or self.message.reasoning or opened not in ("", opener):
+                continue
+            if opened and inside.lstrip().startswith(opener):
+                content = content.lstrip().removeprefix(opener)
+                content = content.lstrip("\n") if prompt.endswith("\n") else content
+            if opened or (not empty and closer in self.template.source and not self.template.switches):
+                yield content.rstrip() + stopped[at:]
 
-    def _wrong(self, completion: str, opened: bool, thought: str, said: str) -> str | None:
+    def _wrong(self, completion: str, opened: str, thought: str, said: str) -> str | None:
         """Why the completion is not what the turn says, or None."""
         stop = next((stop for stop in self.template.stops if completion.endswith(stop)), "")
         inside = completion[: len(completion) - len(stop)]
@@ -449,10 +458,10 @@ class _Attempts:
             return HIDDEN
         for opener, closer in THOUGHTS:
             closers = inside.count(closer) - said.count(closer) - thought.count(closer)
-            openers = inside.count(opener) - said.count(opener) - thought.count(opener)
-            if closers > 1:
+            openers = inside.count(opener) - said.count(opener) - thought.count(opener) + (opened == opener)
+            if max(closers, openers) > 1:
                 return TWICE
-            if closers > openers + opened:
+            if closers > openers:
                 return UNOPENED
         return OPENED if opened and not thought else None
 
@@ -510,9 +519,9 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any] | 
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _opens(text: str) -> bool:
-    """Whether the end of a prompt leaves a thought open."""
-    return any(text.rfind(opener) > text.rfind(closer) for opener, closer in THOUGHTS)
+def _opens(text: str) -> str:
+    """The tag with which the end of a prompt leaves a thought open, or ""."""
+    return next((opener for opener, closer in THOUGHTS if text.rfind(opener) > text.rfind(closer)), "")
 
 
 def _thinks_nothing(completion: str) -> bool:

@@ -243,6 +243,11 @@ KEY = ALL.replace(
 KEY += "{{- m.content + '<|im_end|>\\n' -}}{%- endfor -%}" + OPEN
 WRITTEN = "I count.\n</think>\n\nTwo."  # what a target writes whose prompt opens the thought
 INLINE = "<think>\nI count.\n</think>\n\nTwo."
+FILLED = [asks() + HEAD + "⟦<think>I count.</think>Two.<|im_end|>⟧\n"]  # in place of the template's empty thought
+# Nemotron Nano 2: the history of the last turn is opened, too
+OPENS_TOO = OPENS.replace("m.role + '\\n'", "m.role + ('\\n<think>\\n' if m.role == 'assistant' else '\\n')")
+STRIPS_UNOPENED = STRIPS.replace("assistant\\n<think>\\n", "assistant\\n")
+CLOSES_TWICE = KEY.replace("KEY", "reasoning_content").replace("</think>'", "</think></think>'")
 OPENED_ROW = asks() + HEAD + "<think>\n⟦I count.\n</think>\n\nTwo.<|im_end|>⟧\n"
 
 
@@ -261,8 +266,14 @@ OPENED_ROW = asks() + HEAD + "<think>\n⟦I count.\n</think>\n\nTwo.<|im_end|>�
         (STRIPS, says(INLINE), [OPENED_ROW]),
         (STRIPS, says("Two.", reasoning_content="I count."), THOUGHTLESS),
         (EMPTY, says("Two."), [asks() + HEAD + "⟦<think></think>Two.<|im_end|>⟧\n"]),
-        (EMPTY, says("<think>I count.</think>Two."), TWICE),
-        (EMPTY, says(WRITTEN), TWICE),
+        (EMPTY, says("Two.", reasoning_content="I count."), FILLED),
+        (EMPTY, says("<think>I count.</think>Two."), FILLED),
+        (EMPTY, says(WRITTEN), FILLED),
+        (OPENS_TOO, says(INLINE), [OPENED_ROW]),
+        (OPENS_TOO, says(WRITTEN), [OPENED_ROW]),
+        (CLOSES_TWICE, says("Two.", reasoning_content="I count."), TWICE),
+        (STRIPS_UNOPENED, says(INLINE), [asks() + HEAD + "⟦<think>\nI count.\n</think>\n\nTwo.<|im_end|>⟧\n"]),
+        (STRIPS_UNOPENED, says(WRITTEN), THOUGHTLESS),
         (PLAIN, says(WRITTEN), UNOPENED),
         (PLAIN, says("Two.", reasoning_content="I count."), THOUGHTLESS),
     ],
