@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from specforge.data.formats import Entry, Text, Tokens
 
+SAID = ("functions", "function_calls")  # keys of a turn that are part of its text; others are ids, times and the like
 SHINGLE = 3  # words
 COMMON = 50  # held-out conversations: a run of words in more of them is a phrase, and no sign of a duplicate
 LEAK_SHARE = 0.5  # of a training conversation's shingles inside one held-out conversation
@@ -61,7 +62,10 @@ def content_hash(entry: Entry) -> int:
     if isinstance(entry, Text):
         return xxhash.xxh3_128_intdigest(entry.text.strip().encode())
     turns = [
-        f"{m.role}\x1f{m.reasoning or ''}\x1f{m.content.strip()}\x1f{m.tool_calls or ''}\x1f{m.more or ''}{m.trained}"
+        "\x1f".join(
+            (m.role, m.reasoning or "", m.content.strip(), str(m.tool_calls or ""), str(m.trained))
+            + tuple(str(m.more[key]) for key in SAID if key in m.more)
+        )
         for m in entry.messages
     ]
     turns += [f"{given}" for given in (entry.tools, entry.kwargs) if given]

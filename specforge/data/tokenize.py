@@ -593,7 +593,7 @@ def _sent(tool: Mapping[str, Any]) -> dict[str, Any]:
     known = {
         "description": function.get("description"),
         "name": function.get("name"),
-        "parameters": function.get("parameters"),
+        "parameters": function.get("parameters", function.get("input_schema")),
         "strict": bool(function.get("strict", False)),
     }
     return {"type": "function", "function": known, "defer_loading": tool.get("defer_loading")}

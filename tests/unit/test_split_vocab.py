@@ -74,6 +74,10 @@ def test_the_same_turns_with_other_tools_or_arguments_are_other_rows():
     hashes = [content_hash(parse({"messages": turns, **extra}, "x")[1]) for extra in more]
     assert len(set(hashes)) == 4
     assert content_hash(parse({"messages": turns, **more[1]}, "y")[1]) == hashes[1]
+    stamped = [turn | {"timestamp": at} for at, turn in enumerate(turns)]
+    assert content_hash(parse({"messages": stamped}, "x")[1]) == hashes[0]
+    called = [turns[0], turns[1] | {"function_calls": "play()"}]
+    assert content_hash(parse({"messages": called}, "x")[1]) != hashes[0]
 
 
 CHINESE = "请告诉我城里有哪些值得参观的名胜古迹"
