@@ -63,8 +63,10 @@ def content_hash(entry: Entry) -> int:
         return xxhash.xxh3_128_intdigest(entry.text.strip().encode())
     turns = [
         "\x1f".join(
-            (m.role, m.reasoning or "", m.content.strip(), str(m.tool_calls or ""), str(m.trained))
-            + tuple(str(m.more[key]) for key in SAID if key in m.more)
+            [
+                *(m.role, m.reasoning or "", m.content.strip(), str(m.tool_calls or ""), str(m.trained)),
+                *(str(m.more[key]) for key in SAID if key in m.more),
+            ]
         )
         for m in entry.messages
     ]
