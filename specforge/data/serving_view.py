@@ -370,19 +370,16 @@ class _Attempts:
             if not left.strip() or any(closer in left for _, closer in THOUGHTS):
                 return rest
             return None
-        # earlier parts differ: the text before the answer must end as the prompt does, the last question included
-        marked = self.render(
-            [*self.before, as_given({"role": "assistant", "content": MARK}, self.template)],
-            self.conversation.tools,
-            False,
-            kwargs,
-        )
+        # Earlier parts differ: what stands between the last question and the hand-over must be the same.
+        answer = as_given({"role": "assistant", "content": MARK}, self.template)
+        marked = self.render([*self.before, answer], self.conversation.tools, False, kwargs)
         head, found, _ = marked.partition(MARK)
         asked = self.before[-1].get("content")
         if not found or not closed.startswith(head) or not isinstance(asked, str) or not asked.strip():
             return None
-        alike = shared(prompt[::-1], head[::-1])
-        return closed[len(head) :] if asked.strip() in prompt[len(prompt) - alike :] else None
+        at = prompt.rfind(asked.strip())
+        tail = prompt[at:] if at >= 0 else ""
+        return closed[head.rfind(tail) + len(tail) :] if tail and tail in head else None
 
     def _border(self, prompt: str, closed: str) -> int:
         """Up to where both are alike, and in no token's middle."""

@@ -315,6 +315,30 @@ def test_thoughts_that_a_template_takes_as_parts_only(tmp_path):
         ]
 
 
+def test_a_call_whose_thought_goes_as_soon_as_the_answer_is_there(tmp_path):
+    """Kimi-K2-Thinking: thoughts stay behind the last answer only. So the render with an answer has neither its thought
+    nor those of the calls before it, which the prompt of the answer has."""
+    template = (
+        "{%- set at = namespace(answer=-1) -%}{%- for m in messages -%}{%- if m.role == 'assistant' and not m.tool_calls -%}"
+        "{%- set at.answer = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+        + ALL
+        + "{{- '<|im_start|>' + m.role + '\\n' -}}{%- if m.role == 'assistant' -%}"
+        "{{- '<think>' + (m.reasoning_content if loop.index0 > at.answer and m.reasoning_content else '') + '</think>' -}}{%- endif -%}"
+        "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- '<call>' + (c.function | tojson) + '</call>' -}}{%- endfor -%}"
+        "{{- '<|im_end|>\\n' -}}{%- endfor -%}" + OPEN
+    )
+    asked = says("", reasoning_content="I look.", tool_calls=[call({"city": "Linz"})])
+    row = messages(user(), asked, RESULT, says("Sun.", reasoning_content="It is dry."))
+    called = '<think>I look.</think><call>{"name": "weather", "arguments": {"city": "Linz"}}</call><|im_end|>'
+    assert seen(Target(template), tmp_path, row) == [
+        asks()
+        + HEAD
+        + f"⟦{called}⟧\n<|im_start|>tool\nsun<|im_end|>\n"
+        + HEAD
+        + "⟦<think>It is dry.</think>Sun.<|im_end|>⟧\n"
+    ]
+
+
 def test_earlier_turns_that_lose_their_thoughts_make_two_rows(tmp_path):
     turns = [
         user(),
