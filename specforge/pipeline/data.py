@@ -27,6 +27,7 @@ from specforge.pipeline.shared import refuse_foreign
 
 MOST_WORKERS = 16
 SIDES = ("train", "test")
+RULES = "serving view 1"  # by which rows are made: those of other rules are made again
 
 
 def prepare_data(settings: PrepareDataSettings) -> int | None:
@@ -179,6 +180,7 @@ def _made_from(settings: PrepareDataSettings, sources: list[Source], tokenizer: 
     """All that the result depends on: where it is the same, the files need not be made again."""
     free = {"output", "workers", "show_mask", "html"}
     return {
+        "rules": RULES,
         "settings": settings.model_dump(mode="json", exclude=free),
         "files": {str(path): digest(path) for source in sources for path in source.files},
         "tokenizer_hash": tokenizer.fingerprint if tokenizer else None,

@@ -158,6 +158,10 @@ def test_the_same_rows_and_settings_are_not_prepared_twice(prepare, tmp_path, ca
     assert made_again()
     (tmp_path / "out" / "test.jsonl").write_text("{}\n")  # not what the report tells of
     assert made_again()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    del report["made_from"]["rules"]  # as before there was the serving view
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
+    assert made_again()
 
 
 def test_several_sources_are_weighted_and_mixed(prepare, tmp_path):
