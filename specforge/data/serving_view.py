@@ -29,6 +29,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from specforge.data.formats import THOUGHT_KEYS, arguments_of
 from specforge.data.limits import TemplateLimitError
 from specforge.errors import first_line
 from specforge.records import Conversation, Message
@@ -54,7 +55,6 @@ THOUGHTS = (  # how thoughts are opened and closed
     ("<seed:think>", "</seed:think>"),
     ("<|channel>thought", "<channel|>"),
 )
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates that turn thoughts on and off
 MARK = "\u2042mark\u2042"
 
@@ -311,7 +311,7 @@ class _Attempts:
                 raise
             return refusal(error)
         opened = _opens(self._generation_prompt(prompt, kwargs))
-        rest = self._written(prompt, closed, form, kwargs, bool(thought), opened)
+        rest = self._written(prompt, closed, kwargs, bool(thought), opened)
         stopped = _stopped(rest, self.template.stops) if rest is not None else None
         if rest is not None and stopped is None:
             stopped = self._with_stop(rest, closed, form, kwargs, said)
@@ -355,9 +355,7 @@ class _Attempts:
             behind = prompt[shared(prompt, closed) :]
         return behind
 
-    def _written(
-        self, prompt: str, closed: str, form: _Form, kwargs: Mapping[str, Any], thinks: bool, opened: str
-    ) -> str | None:
+    def _written(self, prompt: str, closed: str, kwargs: Mapping[str, Any], thinks: bool, opened: str) -> str | None:
         """What stands behind the hand-over in the render with the turn; None if that is not certain."""
         if closed.startswith(prompt):
             return closed[len(prompt) :]
@@ -505,10 +503,7 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any] | 
     function = call["function"]
     arguments = function["arguments"]
     if isinstance(arguments, str) and not as_text:
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
+        arguments = arguments_of(arguments)
         if not isinstance(arguments, dict):
             return None
     elif as_text and not isinstance(arguments, str):
@@ -554,11 +549,8 @@ def _leaves(function: Mapping[str, Any]) -> list[str]:
     found = [function["name"]]
     if isinstance(arguments, str):
         numbers = [token for token in NUMBER.findall(arguments) if not token.startswith('"')]
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return [*found, arguments]
-        return [*found, *_texts(arguments, numbers=False), *numbers]
+        read = arguments_of(arguments)
+        return [*found, arguments] if read is None else [*found, *_texts(read, numbers=False), *numbers]
     return [*found, *_texts(arguments)]
 
 

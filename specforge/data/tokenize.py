@@ -104,7 +104,7 @@ class ChatTokenizer:
         stops = set(self._stated_stops())
         eos = self.tokenizer.eos_token or next(iter(sorted(stops)), "")
         for name, source in self._sources.items():
-            found = Template(self._rendered, source, _switches(source), as_parts=self._wants_parts(source))
+            found = Template(self.render, source, _switches(source), as_parts=self._wants_parts(source))
             stops |= self._shown_stops(found, stops)
             self._templates[name] = found
         ordered, tokens = tuple(sorted(stops)), tuple(token.content for token in self._added.values())
@@ -175,11 +175,6 @@ class ChatTokenizer:
         """The conversation as text; with `open_turn` up to where serving hands over to the target."""
         found = self._template_for(tools)
         return self._rendered_by(found.source, messages, tools, open_turn, kwargs or {})
-
-    def _rendered(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], open_turn: bool, kwargs: Mapping[str, Any]
-    ) -> str:
-        return self._rendered_by(self._template_for(tools).source, messages, tools, open_turn, kwargs)
 
     def _rendered_by(
         self,
@@ -325,9 +320,9 @@ class ChatTokenizer:
     def _wants_parts(self, source: str) -> bool:
         """Whether texts are shown only if they are given as parts."""
         turns = [ASKED, ANSWERED]
-        if all(turn["content"] in self._probe(Template(self._rendered, source), turns) for turn in turns):
+        if all(turn["content"] in self._probe(Template(self.render, source), turns) for turn in turns):
             return False
-        shown = self._probe(Template(self._rendered, source, as_parts=True), turns)
+        shown = self._probe(Template(self.render, source, as_parts=True), turns)
         return all(turn["content"] in shown for turn in turns)
 
     # Conversations to rows

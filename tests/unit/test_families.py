@@ -1,7 +1,7 @@
 """What 26 families of chat templates make of ten shapes of conversations: tests/golden/families.txt, read cell by cell,
 and each row against what transformers renders.
 
-`python -m tests.unit.test_families` writes the table anew, to be read with `git diff` before it is believed."""
+`python -m tests.unit.test_families` writes the table. Read its `git diff` cell by cell before you commit it."""
 
 from __future__ import annotations
 
